@@ -1,0 +1,1 @@
+"""From measurements to a package: selection, templates, dks-codegen."""

@@ -1,0 +1,155 @@
+"""The machine and libraries a measurement is valid for."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+UNKNOWN = "unknown"
+
+# Instruction sets that decide which CPU kernels exist; the rest of /proc/cpuinfo's flags does not matter.
+_ISA = (
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_bf16", "amx_int8", "amx_fp16", "sve", "asimd", "bf16", "i8mm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What must be equal for a measurement to hold. Every field is text; ``unknown`` equals nothing.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        arch: CPU vendor, family, model, stepping; GPU name and compute capability.
+        isa: instruction sets that kernels are chosen by.
+        driver: GPU driver; ``none`` on a CPU.
+        torch: version with its build tag.
+        libraries: versions of the math libraries inside torch.
+        threads: intra-op threads that torch was measured with.
+    """
+
+    device: str
+    arch: str
+    isa: str
+    driver: str
+    torch: str
+    libraries: str
+    threads: str
+
+    @classmethod
+    def current(cls, device: str = "cpu") -> Environment:
+        """This process on this machine.
+
+        Raises:
+            ValueError: ``device`` is not one that this version can describe.
+        """
+        if device != "cpu":
+            raise ValueError(f"device: found {device!r}, expected 'cpu' (GPU environments come later)")
+        info = _cpuinfo()
+        flags = set(info.get("flags", info.get("Features", "")).split())
+        return cls(
+            device="cpu",
+            arch=_cpu_arch(info),
+            isa=("+".join(name for name in _ISA if name in flags) or "baseline") if info else UNKNOWN,
+            driver="none",
+            torch=str(torch.__version__),
+            libraries=_libraries(),
+            threads=str(torch.get_num_threads()),
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, str]) -> Environment:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: a field is missing, unknown or not text.
+        """
+        names = {f.name for f in fields(cls)}
+        if set(data) != names:
+            odd = sorted(set(data) ^ names)
+            raise ValueError(f"environment: found missing or unknown fields {odd}, expected {sorted(names)}")
+        for name, value in data.items():
+            if not isinstance(value, str):
+                raise ValueError(f"environment {name}: found {value!r}, expected text")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, str]:
+        """Field names to values, in the order of the class."""
+        return asdict(self)
+
+    def diff(self, other: Environment) -> list[str]:
+        """One readable line for each field that differs; ``unknown`` differs from everything."""
+        lines = []
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine != theirs or UNKNOWN in (mine, theirs):
+                lines.append(f"{field.name}: {mine} != {theirs}")
+        return lines
+
+    @property
+    def machine(self) -> str:
+        """The hardware alone, without the software and its settings."""
+        return " ".join((self.device, self.arch, self.isa))
+
+    @property
+    def slug(self) -> str:
+        """A folder's name for this device, as under ``luts/``."""
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.device} {self.arch}".lower()).strip("-")
+
+
+@lru_cache(maxsize=1)
+def _cpuinfo() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    first = text.split("\n\n", 1)[0]
+    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first.splitlines())}
+
+
+def _cpu_arch(info: Mapping[str, str]) -> str:
+    if "vendor_id" in info:
+        keys = ("vendor_id", "cpu family", "model", "stepping")
+        return " ".join(info.get(k, UNKNOWN) for k in keys)
+    keys = ("CPU implementer", "CPU part", "CPU variant", "CPU revision")
+    known = " ".join(info[k] for k in keys if k in info)
+    return f"{platform.machine()} {known}" if known else UNKNOWN
+
+
+@lru_cache(maxsize=1)
+def private_cache_bytes() -> int | None:
+    """Bytes of the last cache level that one core has to itself (L2 on most machines); None if unknown."""
+    best: tuple[int, int] | None = None
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            kind = (index / "type").read_text().strip()
+            level = int((index / "level").read_text())
+            size = (index / "size").read_text().strip()
+            shared = (index / "shared_cpu_list").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        # Level 3 is shared between cores; a hyperthread pair at levels 1 and 2 still counts as one core.
+        if kind == "Instruction" or level > 2 or not shared:
+            continue
+        digits = re.fullmatch(r"(\d+)([KM]?)", size)
+        if digits:
+            scale = {"": 1, "K": 1024, "M": 1024**2}[digits[2]]
+            best = max(best or (0, 0), (level, int(digits[1]) * scale))
+    return best[1] if best else None
+
+
+@lru_cache(maxsize=1)
+def _libraries() -> str:
+    shown = torch.__config__.show()
+    found = [
+        f"{name}-{match[1]}"
+        for name, pattern in (("mkl", r"Math Kernel Library Version ([\d.]+)"), ("onednn", r"MKL-DNN v([\d.]+)"))
+        if (match := re.search(pattern, shown))
+    ]
+    return "+".join(found) or UNKNOWN

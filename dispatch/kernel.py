@@ -1,0 +1,186 @@
+"""What a kernel and an operator declare about themselves: the one place where either is described.
+
+A kernel is one small file in its operator's folder that ends in ``KERNEL = Kernel(...)``; an operator is one
+folder under ``dks/dispatch/ops``. The profiler measures, and the code generator selects, whatever is declared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dks.dispatch.problem import Candidate, Precision, Problem
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_OPS = "dks.dispatch.ops."
+
+Run = Callable[..., torch.Tensor]
+"""Takes the operator's dynamic arguments, returns its output; the constant arguments are bound inside."""
+
+
+def always(*_: object) -> None:
+    """The answer "no objection" of ``supports`` and ``unavailable``."""
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Arguments of one call: those that stay for the life of a model, and those that come with a request."""
+
+    static: tuple[Any, ...]
+    dynamic: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute an operator.
+
+    Attributes:
+        id: ``library.name``; unique in the pool.
+        op: the operator it computes.
+        precision: class of its arithmetic, by the activations' dtype; its keys are the dtypes it takes.
+        bind: (problem, params, *static arguments) -> Run. Packs weights where the kernel wants another
+            form; may read the problem's traits and static dims, never a dynamic dim, so that one bound
+            form serves all bins.
+        form: the weight form that ``bind`` makes, in words; empty where it uses the caller's tensors as
+            they are, and then the kernel can also serve a call without preparation.
+        form_bytes: bytes that the form adds, for a problem.
+        params: the parameter sets to measure; each makes one candidate.
+        align: bytes to which it needs every pointer and row stride aligned; 0 means the element's size.
+        supports: why it can't take a problem, or None.
+        unavailable: why this machine can't run it, or None.
+        rank: simplicity; a tie goes to the lowest. The framework's own kernel is 0.
+    """
+
+    id: str
+    op: str
+    precision: Mapping[str, Precision]
+    bind: Callable[..., Run]
+    form: str = ""
+    form_bytes: Callable[[Problem], int] = lambda _: 0
+    params: tuple[tuple[tuple[str, int], ...], ...] = ((),)
+    align: int = 0
+    supports: Callable[[Problem], str | None] = always
+    unavailable: Callable[[], str | None] = always
+    rank: int = 1
+
+    def candidates(self) -> list[Candidate]:
+        """One candidate for each parameter set."""
+        return [Candidate(self.id, params) for params in self.params]
+
+    def alignment_for(self, dtype: str) -> int:
+        """Required alignment in bytes of every pointer and row stride for these activations."""
+        return self.align or DTYPES[dtype].itemsize
+
+    def objection(self, problem: Problem) -> str | None:
+        """Why this kernel can't serve ``problem`` (dtype, alignment, its own limits), or None."""
+        dtype = problem.trait("dtype")
+        if dtype not in self.precision:
+            return f"takes {' and '.join(self.precision)}, not {dtype}"
+        if problem.align < self.alignment_for(dtype):
+            return f"needs {self.alignment_for(dtype)}-byte alignment, the problem has {problem.align}"
+        return self.supports(problem)
+
+
+def source_digest(kernel: Kernel) -> str:
+    """First 16 hex digits of a SHA-256 over the kernel's file and the operator files that it builds on."""
+    todo, seen = [kernel.bind.__module__], {}
+    while todo:
+        name = todo.pop()
+        module = sys.modules[name]
+        if name in seen or module.__file__ is None:
+            continue
+        seen[name] = Path(module.__file__).read_bytes()
+        for value in vars(module).values():
+            owner = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+            # An operator's package only declares; what a kernel builds on are the modules beside it.
+            if owner and owner.startswith(_OPS) and owner.count(".") > _OPS.count("."):
+                todo.append(owner)
+    digest = hashlib.sha256()
+    for name in sorted(seen):
+        digest.update(name.encode() + b"\0" + seen[name] + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator: its dims and traits, how to make a problem's inputs, and what the right answer is.
+
+    Attributes:
+        name: as users call it.
+        dims: dims of a problem, in order; names in ``dynamic`` fall in bins, the others match exactly.
+        dynamic: the dims that change with traffic.
+        traits: allowed values of each trait; the first is what is meant where nothing is said.
+        default: id of the framework's own kernel, always a candidate.
+        make_inputs: (problem, generator, draw) -> Inputs, in the strides and alignment the problem names;
+            ``draw`` is one of DRAWS.
+        reference: (problem, inputs) -> the output in float64.
+        max_align: (problem) -> the best alignment in bytes that the strides of its dims allow.
+        key_bytes: (problem) -> bytes of the constant arguments, which a sweep rotates to keep caches cold.
+        server: (runtime) -> the object that serves this operator; see ``dks.dispatch.runtime``.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    dynamic: tuple[str, ...]
+    traits: Mapping[str, tuple[str, ...]]
+    default: str
+    make_inputs: Callable[[Problem, torch.Generator, str], Inputs]
+    reference: Callable[[Problem, Inputs], torch.Tensor]
+    max_align: Callable[[Problem], int]
+    key_bytes: Callable[[Problem], int]
+    server: Callable[[Any], Any]
+
+    @property
+    def static(self) -> tuple[str, ...]:
+        """The dims that must match exactly."""
+        return tuple(name for name in self.dims if name not in self.dynamic)
+
+
+DRAWS = ("normal", "outliers")
+"""``normal``: unit Gaussian. ``outliers``: the same with one feature in 64 made 20 times larger, as
+activations of transformers have them (Dettmers et al., LLM.int8(), 2022). Kernels that quantise activations
+pass the first and may fail the second, so a candidate's error is the larger of both."""
+
+
+def draw_activations(shape: tuple[int, ...], generator: torch.Generator, draw: str) -> torch.Tensor:
+    """Float32 activations of ``shape``, features last; see DRAWS."""
+    x = torch.randn(shape, generator=generator)
+    if draw == "outliers":
+        x[..., ::64] *= 20.0
+    return x
+
+
+def aligned(tensor: torch.Tensor, align: int) -> torch.Tensor:
+    """A contiguous copy whose address is divisible by ``align`` and by no larger power of two up to 64.
+
+    ``align`` is in bytes and at least the element's size; 64 means 64 or better.
+    """
+    spare = 128 // tensor.element_size()
+    storage = torch.empty(tensor.numel() + spare, dtype=tensor.dtype)
+    wanted = 0 if align >= 64 else align
+    offset = (wanted - storage.data_ptr()) % 64 // tensor.element_size()
+    view = storage[offset : offset + tensor.numel()].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """||y - reference|| / ||reference|| in float64; NaN where y has NaN, inf where shapes differ."""
+    if y.shape != reference.shape:
+        return float("inf")
+    norm = float(torch.linalg.vector_norm(reference))
+    error = float(torch.linalg.vector_norm(y.double() - reference))
+    return error / norm if norm else error

@@ -1,0 +1,55 @@
+"""linear: y = epilogue(x @ weight.T + bias), with x (..., k), weight (n, k), bias (n,) or none."""
+
+from __future__ import annotations
+
+import torch
+
+from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned, draw_activations
+from dks.dispatch.ops.linear.epilogue import EPILOGUES
+from dks.dispatch.ops.linear.serve import LinearServer
+from dks.dispatch.problem import Problem, alignment
+
+
+def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inputs:
+    """weight ~ N(0, 1/k), so that outputs have unit variance on normal data; x (m, k)."""
+    dtype = DTYPES[problem.trait("dtype")]
+    m, n, k = (problem.dim(name) for name in ("m", "n", "k"))
+    x = draw_activations((m, k), generator, draw).to(dtype)
+    weight = (torch.randn((n, k), generator=generator) / k**0.5).to(dtype)
+    bias = torch.randn((n,), generator=generator).to(dtype) if problem.trait("bias") == "yes" else None
+    return Inputs(static=(weight, bias), dynamic=(aligned(x, problem.align),))
+
+
+def reference(problem: Problem, inputs: Inputs) -> torch.Tensor:
+    """The same in float64, from the operands as they are (already rounded to their dtype)."""
+    weight, bias = inputs.static
+    (x,) = inputs.dynamic
+    y = x.double() @ weight.double().t()
+    if bias is not None:
+        y += bias.double()
+    return EPILOGUES[problem.trait("epilogue")](y)
+
+
+def max_align(problem: Problem) -> int:
+    """Rows of x are k elements apart, rows of y are n elements apart."""
+    size = DTYPES[problem.trait("dtype")].itemsize
+    return alignment(problem.dim("k") * size, problem.dim("n") * size)
+
+
+def key_bytes(problem: Problem) -> int:
+    """Bytes of the weight."""
+    return problem.dim("n") * problem.dim("k") * DTYPES[problem.trait("dtype")].itemsize
+
+
+OPERATOR = Operator(
+    name="linear",
+    dims=("m", "n", "k"),
+    dynamic=("m",),
+    traits={"dtype": ("float32", "bfloat16"), "bias": ("yes", "no"), "epilogue": tuple(EPILOGUES)},
+    default="torch.linear",
+    make_inputs=make_inputs,
+    reference=reference,
+    max_align=max_align,
+    key_bytes=key_bytes,
+    server=LinearServer,
+)

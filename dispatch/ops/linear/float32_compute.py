@@ -1,0 +1,29 @@
+"""bf16 activations computed in float32, for machines without bf16 arithmetic: cast, oneDNN, cast back."""
+
+from __future__ import annotations
+
+import torch
+
+from dks.dispatch.kernel import Kernel, Run
+from dks.dispatch.ops.linear import mkldnn_packed
+from dks.dispatch.problem import Precision, Problem
+
+
+def bind(
+    problem: Problem, params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
+) -> Run:
+    """weight (n, k), bias (n,) or None, bf16 -> run(x (..., k) bf16) -> (..., n) bf16."""
+    wide = mkldnn_packed.bind(problem, params, weight.float(), None if bias is None else bias.float())
+    return lambda x: wide(x.float()).bfloat16()
+
+
+KERNEL = Kernel(
+    id="mkldnn.linear_packed_float32",
+    op="linear",
+    precision={"bfloat16": Precision.BF16},
+    bind=bind,
+    form="oneDNN blocked layout, float32",
+    form_bytes=lambda p: p.dim("n") * p.dim("k") * 4,
+    unavailable=mkldnn_packed.unavailable,
+    rank=5,
+)

@@ -1,0 +1,68 @@
+"""The pool: every operator and kernel there is, found by looking into the folders under ``ops``."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import lru_cache
+from types import ModuleType
+
+from dks.dispatch import ops
+from dks.dispatch.kernel import Kernel, Operator
+from dks.dispatch.problem import Candidate, Precision
+
+
+def _modules(package: ModuleType) -> list[ModuleType]:
+    found = []
+    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
+        found.append(importlib.import_module(f"{package.__name__}.{info.name}"))
+    return found
+
+
+@lru_cache(maxsize=1)
+def operators() -> dict[str, Operator]:
+    """Every operator by name: each folder under ``ops`` whose package has an ``OPERATOR``."""
+    found = [module.OPERATOR for module in _modules(ops)]
+    return {operator.name: operator for operator in found}
+
+
+@lru_cache(maxsize=1)
+def kernels() -> dict[str, Kernel]:
+    """Every kernel by id: each module in an operator's folder that has a ``KERNEL``.
+
+    Raises:
+        ValueError: two kernels share an id, or one declares no exact rank below the default's.
+    """
+    pool: dict[str, Kernel] = {}
+    for folder in _modules(ops):
+        for module in _modules(folder):
+            kernel = getattr(module, "KERNEL", None)
+            if kernel is None:
+                continue
+            if kernel.id in pool:
+                raise ValueError(f"kernel {kernel.id}: declared twice, expected unique ids")
+            pool[kernel.id] = kernel
+    return pool
+
+
+def operator(name: str) -> Operator:
+    """The operator of that name. Raises KeyError with the names there are."""
+    try:
+        return operators()[name]
+    except KeyError:
+        raise KeyError(f"operator: found {name!r}, expected one of {', '.join(operators())}") from None
+
+
+def kernels_for(op: str) -> list[Kernel]:
+    """The kernels of one operator, the framework's own first, then by rank and id."""
+    return sorted((k for k in kernels().values() if k.op == op), key=lambda k: (k.rank, k.id))
+
+
+def candidates_for(op: str) -> list[Candidate]:
+    """Every candidate of one operator, the framework's own first."""
+    return [candidate for kernel in kernels_for(op) for candidate in kernel.candidates()]
+
+
+def precision_of(candidate: Candidate, dtype: str) -> Precision:
+    """The precision class that a candidate declares for these activations."""
+    return kernels()[candidate.kernel].precision[dtype]

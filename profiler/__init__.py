@@ -1,0 +1,1 @@
+"""Offline measurement: sweep configs, benchmarking, the Parquet store, dks-profile."""
