@@ -6,7 +6,10 @@
 #ifndef DKS_LOOKUP_HPP
 #define DKS_LOOKUP_HPP
 
+#include <cstddef>
 #include <cstdint>
+#include <initializer_list>
+#include <string_view>
 
 namespace dks {
 
@@ -14,7 +17,10 @@ enum class Match : std::int32_t { exact = 0, bin = 1, nearest = 2 };
 enum class Miss : std::int32_t { zero_sized = 0, out_of_range = 1, unmeasured = 2, misaligned = 3 };
 
 // A size up to this many times the last edge takes the last bin's kernel.
-constexpr std::int64_t nearest_reach = 2;
+inline constexpr std::int64_t nearest_reach = 2;
+
+// Most dynamic dims of a group.
+inline constexpr std::int32_t max_dynamic = 8;
 
 struct Rule {
   const char* candidate;
@@ -35,11 +41,30 @@ struct Class {
 
 // All choices of one (operator, form, traits, static dims).
 struct Group {
-  const char* key;
-  const Edges* edges;
+  std::string_view op;
+  std::string_view form;        // "prepared" or "direct"
+  std::string_view traits;      // "name=value,..." sorted by name
+  const std::int64_t* statics;  // in the operator's order
+  std::int32_t static_count;
+  const Edges* edges;  // in the operator's order
   std::int32_t dims;
   const Class* classes;  // largest alignment first
   std::int32_t class_count;
+};
+
+struct Table {
+  const Rule* rules;
+  const Group* groups;
+  std::int32_t group_count;
+};
+
+// What to run for a call. Without a hit: the caller's own default.
+struct Choice {
+  const char* candidate;  // "" without a hit
+  Match match;            // means something with a hit only
+  std::int32_t rule;      // -1 without a hit
+  bool hit;
+  Miss miss;  // means something without a hit only
 };
 
 // First edge that is not below size; edges.count where there is none.
@@ -65,6 +90,7 @@ constexpr std::int32_t alignment(std::uint64_t addresses_and_strides) {
   return static_cast<std::int32_t>(bits & (~bits + 1));
 }
 
+// sizes holds group.dims numbers: the dynamic dims, in the operator's order.
 constexpr std::int32_t find(const Group& group, const Rule* rules, const std::int64_t* sizes,
                             std::int32_t align) {
   std::int64_t cell = 0;
@@ -82,16 +108,45 @@ constexpr std::int32_t find(const Group& group, const Rule* rules, const std::in
     exact = exact && edges.data[index] == size;
     cell = cell * edges.count + index;
   }
-  bool measured = false;
+  std::int32_t loosest = -1;
   for (std::int32_t i = 0; i < group.class_count; ++i) {
     const std::int32_t rule = group.classes[i].cells[cell];
     if (rule < 0) continue;
     if (group.classes[i].align <= align)
       return hit(rule, nearest ? Match::nearest : exact ? Match::exact : Match::bin);
-    measured = true;
-    if (i == group.class_count - 1 && rules[rule].align <= align) return hit(rule, Match::nearest);
+    loosest = rule;
   }
-  return miss(measured ? Miss::misaligned : Miss::unmeasured);
+  if (loosest < 0) return miss(Miss::unmeasured);
+  if (rules[loosest].align <= align) return hit(loosest, Match::nearest);
+  return miss(Miss::misaligned);
+}
+
+// Index of the group with exactly this key, -1 where there is none. Looks at every group: ask once a layer,
+// not once a call.
+constexpr std::int32_t group_of(const Table& table, std::string_view op, std::string_view form,
+                                std::string_view traits, std::initializer_list<std::int64_t> statics) {
+  for (std::int32_t i = 0; i < table.group_count; ++i) {
+    const Group& group = table.groups[i];
+    bool same = group.op == op && group.form == form && group.traits == traits &&
+                static_cast<std::size_t>(group.static_count) == statics.size();
+    for (std::size_t dim = 0; same && dim < statics.size(); ++dim)
+      same = group.statics[dim] == statics.begin()[dim];
+    if (same) return i;
+  }
+  return -1;
+}
+
+// The choice for a call of one group. A group that does not exist (such as -1), or another number of sizes
+// than it has dynamic dims, is a miss like any other: nothing was measured for such a call.
+constexpr Choice choose(const Table& table, std::int32_t group, const std::int64_t* sizes,
+                        std::size_t count, std::int32_t align) {
+  const bool known = group >= 0 && group < table.group_count &&
+                     static_cast<std::size_t>(table.groups[group].dims) == count;
+  const std::int32_t code =
+      known ? find(table.groups[group], table.rules, sizes, align) : miss(Miss::unmeasured);
+  if (code < 0) return {"", Match::nearest, -1, false, static_cast<Miss>(-1 - code)};
+  const std::int32_t rule = code >> 2;
+  return {table.rules[rule].candidate, static_cast<Match>(code & 3), rule, true, Miss::unmeasured};
 }
 
 }  // namespace dks

@@ -5,6 +5,8 @@ Activations are quantised inside, one scale for the whole tensor; weights have o
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from dks.dispatch.kernel import Kernel, Run
@@ -25,7 +27,9 @@ def dynamic_int8(engine: str) -> Kernel:
         """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n), of x's dtype."""
         quantized, scale = per_channel_int8(weight)
         zero = torch.zeros(quantized.shape[0], dtype=torch.long)
-        as_quantized = torch._make_per_channel_quantized_tensor(quantized, scale.double(), zero, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch announces that quantized tensors will go
+            as_quantized = torch._make_per_channel_quantized_tensor(quantized, scale.double(), zero, 0)
         # The engine is chosen by a process-wide setting, and only while packing: the packed weight
         # remembers it.
         previous = torch.backends.quantized.engine

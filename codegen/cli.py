@@ -1,0 +1,172 @@
+"""``dks-codegen``: select from measurements, generate the package, check it, and explain a choice."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from dks.codegen.lut import Lut
+from dks.codegen.package import build as build_package
+from dks.codegen.package import check_destination, check_package_name
+from dks.codegen.policy import load_policy
+from dks.codegen.select import select
+from dks.dispatch import command_line, pool
+from dks.dispatch.environment import Environment
+from dks.dispatch.errors import BadInput
+from dks.dispatch.evidence import read_run
+from dks.dispatch.loader import MANIFEST, damaged, dead_kernels, import_package, misfits, read_manifest
+
+_ARGUMENT = re.compile(r"([a-z_]+)=([a-z0-9_]+)\Z")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dks")
+def cli() -> None:
+    """Turn measurements into a static dispatch package.
+
+    \b
+    dks-codegen build runs/minilm -o out --name minilm_exact --max-error 1e-5
+    dks-codegen check out
+    dks-codegen explain out linear m=17 n=384 k=384
+    """
+
+
+@cli.command()
+@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Where the package goes.")
+@click.option("--name", required=True, help="The package's import name.")
+@click.option("--max-error", type=float, help="Relative error a kernel may show against float64 [1e-2].")
+@click.option(
+    "--objective",
+    default="latency",
+    show_default=True,
+    help="latency, throughput, energy, memory, or a YAML file with a policy's fields.",
+)
+@click.option("--device", help="Build for results of another machine: the arch they name, in full.")
+def build(  # noqa: PLR0913 - the contract's flags
+    run_dirs: tuple[Path, ...], out: Path, name: str, max_error: float | None, objective: str, device: str | None
+) -> int:
+    """Select winners from RUN_DIR... and generate OUT_DIR/NAME.
+
+    \b
+    dks-codegen build runs/minilm -o out --name minilm_exact --max-error 1e-5
+    """
+    check_package_name(name)
+    check_destination(out, name)
+    policy = load_policy(objective, max_error)
+    rows = [row for folder in run_dirs for row in read_run(folder)]
+    lut = select(rows, policy)
+    _check_device(lut.environment, device)
+    built = build_package(lut, rows, out, name)
+    _print_summary(lut)
+    state = "built" if built.changed else "unchanged"
+    click.echo(f"{built.folder}: {state}; {len(lut.rules)} rules, error at most {policy.max_error:g}, {policy.objective}")
+    click.echo(f"lookup: {built.lookup}" if built.lookup == "compiled" else f"lookup: Python form only: {built.lookup}")
+    for dtype, us in lut.expected_us.items():
+        click.echo(f"expected time of a model call, weighted by traffic, with {dtype} activations: {us / 1e3:.3f} ms")
+    return 0
+
+
+def _check_device(measured: Environment, wanted: str | None) -> None:
+    if wanted is not None:
+        if measured.arch != wanted:
+            raise BadInput(f"device: found results of {measured.arch!r}, expected {wanted!r}")
+        return
+    here = Environment.current(measured.device) if measured.device == "cpu" else None
+    if here is None or here.machine != measured.machine:
+        raise BadInput(
+            f"measurements: found results of another device ({measured.machine}), expected this one "
+            f"({'none such here' if here is None else here.machine}); measure here, or name it: "
+            f"--device {measured.arch!r}"
+        )
+
+
+def _print_summary(lut: Lut) -> None:
+    table = Table(title="chosen candidates, by how many bins chose them")
+    for column in ("operator", "form", "traits", "static dims", "candidates"):
+        table.add_column(column)
+    for group in lut.groups:
+        used = Counter(lut.rules[i].candidate for cells in group.cells.values() for i in cells if i >= 0)
+        default = pool.operator(group.op).default
+        chosen = ", ".join(f"{id} {n}" for id, n in sorted(used.items(), key=lambda item: (item[0] != default, -item[1])))
+        traits = " ".join(f"{k}={v}" for k, v in group.traits)
+        statics = " ".join(f"{k}={v}" for k, v in group.statics)
+        table.add_row(group.op, group.form, traits, statics, chosen)
+    command_line.print_table(table)
+
+
+def _packages(out: Path) -> list[Path]:
+    """The packages in ``out``: itself, or its folders."""
+    if (out / MANIFEST).is_file():
+        return [out]
+    found = sorted(path.parent for path in out.glob(f"*/{MANIFEST}")) if out.is_dir() else []
+    if not found:
+        raise BadInput(f"{out}: found no package in it, expected one that dks-codegen build wrote")
+    return found
+
+
+@cli.command()
+@click.argument("out", metavar="OUT_DIR", type=click.Path(path_type=Path))
+def check(out: Path) -> int:
+    """Say whether the package is whole and fits this machine."""
+    bad = 0
+    for folder in _packages(out):
+        manifest = read_manifest(folder)
+        problems = [f"damaged: {line}" for line in damaged(folder, manifest)]
+        problems += [f"environment: {line}" for line in misfits(manifest)]
+        problems += [f"kernel {id}: {why}" for id, why in dead_kernels(manifest).items()]
+        for line in problems:
+            click.echo(f"{folder}: {line}", err=True)
+        bad += bool(problems)
+        if not problems:
+            click.echo(f"{folder}: whole, fits this machine, lookup {manifest.lookup}")
+    if bad:
+        raise BadInput(f"{out}: found {bad} package(s) that can't serve here, expected none; measure and build again")
+    return 0
+
+
+@cli.command()
+@click.argument("out", metavar="OUT_DIR", type=click.Path(path_type=Path))
+@click.argument("op", metavar="OP")
+@click.argument("arguments", metavar="DIM=SIZE...", nargs=-1)
+def explain(out: Path, op: str, arguments: tuple[str, ...]) -> int:
+    """Say what a call would run, and on what evidence.
+
+    \b
+    dks-codegen explain out linear m=17 n=384 k=384
+    dks-codegen explain out linear m=17 n=384 k=384 dtype=bfloat16 align=16
+    """
+    asked: dict[str, int | str] = {}
+    for argument in arguments:
+        match = _ARGUMENT.match(argument)
+        if match is None or match[1] in asked:
+            raise BadInput(f"argument: found {argument!r}, expected each NAME=VALUE once, such as m=17")
+        asked[match[1]] = int(match[2]) if match[2].isdigit() else match[2]
+    align = asked.pop("align", 64)
+    if align not in (1, 2, 4, 8, 16, 32, 64):
+        raise BadInput(f"align: found {align!r}, expected a power of two from 1 to 64")
+    for folder in _packages(out):
+        with warnings.catch_warnings():
+            # What makes the runtime warn is part of the answer here.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            package = import_package(folder)
+            try:
+                choice = package.explain(op, align=align, **asked)
+            except (KeyError, ValueError) as error:
+                raise BadInput(str(error.args[0])) from None
+        click.echo(f"{folder.name}: {choice}")
+    return 0
+
+
+def main() -> None:
+    """The command's entry point."""
+    command_line.run(cli, kept="what was there before is intact")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The Lut: what was chosen, by which policy, on what evidence. Reviewable as JSON; the table follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from dks.codegen.policy import Policy
+from dks.dispatch import pool
+from dks.dispatch.environment import Environment
+from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.table import Group, Rule, Table
+
+LUT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Why one cell of the table holds what it holds. Times are microseconds, null where not measured.
+
+    Attributes:
+        candidate: what was chosen.
+        problem: id of the problem that was measured.
+        form: ``prepared`` or ``direct``.
+        reason: one sentence.
+        median_us: of the chosen candidate; default_us: of the framework's own kernel.
+        ratio: default / chosen: value and ends of the 95 % interval (null: too few rounds to say).
+        rounds: pairs behind the ratio.
+        error: relative error of the chosen candidate against float64.
+        form_bytes: what its packed weight adds, in bytes.
+        weight: of the problem in traffic.
+        runner_up: the next best eligible candidate; margin: runner-up / chosen, as ``ratio``.
+    """
+
+    candidate: str
+    problem: str
+    form: str
+    reason: str
+    median_us: float | None = None
+    default_us: float | None = None
+    ratio: list[float | None] | None = None
+    rounds: int = 0
+    error: float | None = None
+    form_bytes: int = 0
+    weight: float = 0.0
+    runner_up: str | None = None
+    margin: list[float | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lut:
+    """A selected table with its evidence.
+
+    Attributes:
+        rules: one a cell, in the order the cells name them.
+        expected_us: by activation dtype, expected time of one model call over the shared problems.
+    """
+
+    environment: Environment
+    policy: Policy
+    rules: tuple[Evidence, ...]
+    groups: tuple[Group, ...]
+    expected_us: dict[str, float]
+
+    def table(self) -> Table:
+        """The dispatch table, without the evidence."""
+        return Table(tuple(Rule(rule.candidate, _alignment(rule)) for rule in self.rules), self.groups)
+
+    def candidates(self) -> list[str]:
+        """Every candidate that some rule chose, sorted."""
+        return sorted({rule.candidate for rule in self.rules})
+
+    def to_json(self) -> str:
+        """Readable, and the same bytes for the same Lut: one rule and one group a line."""
+        head = {
+            "version": LUT_VERSION,
+            "environment": self.environment.to_dict(),
+            "policy": dataclasses.asdict(self.policy),
+            "expected_us": self.expected_us,
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+        rules = ",\n".join(f"    {json.dumps(dataclasses.asdict(rule))}" for rule in self.rules)
+        groups = ",\n".join(f"    {json.dumps(_group_json(group))}" for group in self.groups)
+        return "\n".join(["{", *lines, f'  "rules": [\n{rules}\n  ],', f'  "groups": [\n{groups}\n  ]', "}"]) + "\n"
+
+
+def _group_json(group: Group) -> dict[str, object]:
+    return {
+        "op": group.op,
+        "form": group.form,
+        "traits": dict(group.traits),
+        "statics": dict(group.statics),
+        "edges": group.edges,
+        "cells": {str(align): cells for align, cells in group.cells.items()},
+    }
+
+
+def _alignment(rule: Evidence) -> int:
+    kernel = pool.kernels()[Candidate.parse(rule.candidate).kernel]
+    return kernel.alignment_for(Problem.parse(rule.problem).trait("dtype"))

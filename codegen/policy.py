@@ -1,0 +1,78 @@
+"""What a table is selected for: the error budget, the objective, and what a challenger must show."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from dks.dispatch.errors import BadInput
+
+OBJECTIVES = ("latency", "throughput", "energy", "memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How winners are chosen.
+
+    Attributes:
+        max_error: largest ||y - ref|| / ||ref|| that a challenger may show.
+        objective: ``latency`` compares medians; ``throughput`` total times, tails included; ``memory``
+            takes the fastest kernel that packs no second copy of a weight; ``energy`` compares joules.
+        overhead_ns: what a dispatched call costs beyond the framework's own, in Python: a challenger must
+            save more than this, or dispatching to it makes the call slower.
+        tie: two candidates closer than this share of their time are tied, whatever their intervals say:
+            the spread between processes is wider than the one inside (a few percent).
+        max_form_bytes: largest packed form of one weight, in bytes; None is no limit.
+    """
+
+    max_error: float = 1e-2
+    objective: str = "latency"
+    overhead_ns: float = 3000.0
+    tie: float = 0.02
+    max_form_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for a value out of range."""
+        if self.objective not in OBJECTIVES:
+            raise BadInput(f"objective: found {self.objective!r}, expected one of {', '.join(OBJECTIVES)} or a file")
+        for name, low, high in (("max_error", 0.0, 1.0), ("overhead_ns", 0.0, 1e9), ("tie", 0.0, 0.5)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise BadInput(f"{name}: found {value!r}, expected a number from {low:g} to {high:g}")
+        limit = self.max_form_bytes
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise BadInput(f"max_form_bytes: found {limit!r}, expected a whole number of bytes")
+
+
+def load_policy(objective: str, max_error: float | None) -> Policy:
+    """The policy of the command line: an objective's name, or a YAML file with the fields of ``Policy``.
+
+    Args:
+        max_error: overrides the file's; None keeps it.
+
+    Raises:
+        BadInput: no such file, unknown keys, or values out of range.
+    """
+    overrides = {} if max_error is None else {"max_error": max_error}
+    if objective in OBJECTIVES:
+        return Policy(objective=objective, **overrides)
+    path = Path(objective)
+    if not path.is_file():
+        raise BadInput(
+            f"objective: found {objective!r}, expected one of {', '.join(OBJECTIVES)}, or the path of a YAML file"
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: {error}; expected a YAML mapping of policy fields") from None
+    names = {field.name for field in dataclasses.fields(Policy)}
+    if not isinstance(data, dict) or not set(data) <= names:
+        odd = sorted(map(str, set(data) - names)) if isinstance(data, dict) else type(data).__name__
+        raise BadInput(f"{path}: found {odd}, expected keys among {', '.join(sorted(names))}")
+    try:
+        return Policy(**{**data, **overrides})
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None

@@ -1,0 +1,38 @@
+"""What both commands share: how they end, and how they print a table. Needs click and rich."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from dks.dispatch.errors import BadInput
+
+
+def run(command: click.Group, kept: str) -> NoReturn:
+    """Run ``command`` and exit: 0 done, 1 as it says, 2 after one message for bad input, 130 interrupted.
+
+    Args:
+        kept: what an interruption or a full disk leaves, for the message.
+    """
+    try:
+        sys.exit(command.main(standalone_mode=False) or 0)
+    except BadInput as error:
+        click.echo(f"error: {error}", err=True)
+    except click.ClickException as error:
+        error.show()
+    except click.Abort:
+        click.echo(f"interrupted: {kept}", err=True)
+        sys.exit(130)
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'output'}: {error.strerror}; {kept}", err=True)
+    sys.exit(2)
+
+
+def print_table(table: Table) -> None:
+    """To a terminal as wide as it is, elsewhere wide enough that nothing is cut."""
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)

@@ -1,0 +1,230 @@
+"""``dks-profile``: measure on this machine, look at what was measured, and say what can be measured."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.table import Table
+
+from dks.dispatch import command_line, pool
+from dks.dispatch.environment import Environment, private_cache_bytes
+from dks.dispatch.errors import BadInput
+from dks.dispatch.evidence import Measurement, read_run
+from dks.dispatch.problem import Problem
+from dks.profiler.config import load
+from dks.profiler.sweep import Event, run_sweep
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)\Z")
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, from ``90s``, ``5m`` or ``1.5h``."""
+
+    name = "duration"
+
+    def convert(
+        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, float):
+            return value
+        match = _DURATION.match(value)
+        if match is None or not float(match[1]):
+            self.fail(f"found {value!r}, expected a positive number and s, m or h, such as 90s or 5m", param, ctx)
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dks")
+def cli() -> None:
+    """Measure, on this machine, every kernel that could serve an operator.
+
+    \b
+    dks-profile doctor                                  what can be measured here
+    dks-profile run configs/minilm.yaml -o runs/minilm  measure; run it again to resume
+    dks-profile show runs/minilm --op linear            winners and their evidence
+    """
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "folder", type=click.Path(path_type=Path), help="Run directory [runs/CONFIG's name].")
+@click.option("--device", help="cpu or cuda:0; overrides the config.")
+@click.option("--ops", help="Only these operators, separated by commas.")
+@click.option("--budget", type=Duration(), help="Stop after this time, e.g. 5m; what is unfinished is listed.")
+@click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
+def run(  # noqa: PLR0913 - the contract's flags
+    config: Path, folder: Path | None, device: str | None, ops: str | None, budget: float | None, fresh: bool
+) -> int:
+    """Measure the problems of CONFIG. A second run measures only what is missing.
+
+    \b
+    dks-profile run configs/minilm.yaml -o runs/minilm --budget 5m
+    """
+    sweep = load(config)
+    if ops is not None:
+        sweep = sweep.restrict([name for name in ops.split(",") if name])
+    wanted = device or sweep.device
+    if wanted != "cpu":
+        raise BadInput(f"device: found {wanted!r}, expected 'cpu': this version measures CPU kernels only")
+    folder = folder or Path("runs") / sweep.name
+    started = time.monotonic()
+    with _progress() as notify:
+        outcome = run_sweep(sweep, folder, budget_s=budget, fresh=fresh, notify=notify)
+    took = time.monotonic() - started
+    click.echo(
+        f"{outcome.measured} problems measured, {outcome.reused} reused, {len(outcome.unfinished)} unfinished "
+        f"in {took:.0f} s -> {folder}"
+    )
+    for problem in outcome.unfinished:
+        click.echo(f"unfinished: {problem}")
+    for problem in outcome.winnerless:
+        click.echo(f"only the default is left: {problem}; see dks-profile show {folder}")
+    click.echo(f"next: dks-codegen build {folder} -o OUT_DIR --name NAME")
+    return 1 if outcome.winnerless else 0
+
+
+@contextmanager
+def _progress() -> Iterator[object]:
+    """A bar with an ETA on a terminal, one plain line a problem elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        start = time.monotonic()
+        measured = [0, 0]
+
+        def line(event: Event) -> None:
+            measured[event.reused] += 1
+            if event.reused:
+                return
+            spent = time.monotonic() - start
+            left = (event.total - event.done) * spent / measured[0]
+            click.echo(f"[{event.done}/{event.total}] {event.task.problem.id}  {_headline(event.rows)}  ~{left:.0f} s left")
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        bar_task = bar.add_task("measuring", total=None)
+
+        def advance(event: Event) -> None:
+            bar.update(bar_task, total=event.total, completed=event.done)
+            if not event.reused:
+                bar.console.print(escape(f"{event.task.problem.id}  {_headline(event.rows)}"), highlight=False)
+
+        yield advance
+
+
+def _headline(rows: list[Measurement]) -> str:
+    timed = [row for row in rows if row.status == "ok" and row.ratio is not None]
+    if not timed:
+        return "no candidate could be timed"
+    best = max(timed, key=lambda row: row.ratio or 0.0)
+    return f"{best.candidate} {best.ratio:.2f}x ({(best.median_ns or 0) / 1e3:.0f} us)"
+
+
+@cli.command()
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option("--op", help="Only this operator.")
+def show(folder: Path, op: str | None) -> int:
+    """Show the fastest candidate of each problem, its ratio to the default, and every failure.
+
+    \b
+    dks-profile show runs/minilm --op linear
+    """
+    rows = read_run(folder)
+    if op is not None:
+        try:
+            pool.operator(op)
+        except KeyError as error:
+            raise BadInput(str(error.args[0])) from None
+        rows = [row for row in rows if row.op == op]
+        if not rows:
+            raise BadInput(f"{folder}: found no measurements of {op}, expected some; see dks-profile show {folder}")
+    by_problem: dict[str, list[Measurement]] = {}
+    for row in rows:
+        by_problem.setdefault(row.problem, []).append(row)
+    table = Table(title=f"{folder}: {len(by_problem)} problems, {len(rows)} candidates measured")
+    for column in ("problem", "class", "fastest", "default us", "us", "ratio [95 % CI]", "error", "n"):
+        table.add_column(column, justify="left" if column in ("problem", "class", "fastest") else "right")
+    for problem in sorted(by_problem, key=_problem_order):
+        for cells in _show_problem(problem, by_problem[problem]):
+            table.add_row(*cells)
+    command_line.print_table(table)
+    _show_failures(rows)
+    return 0
+
+
+def _problem_order(text: str) -> tuple[object, ...]:
+    problem = Problem.parse(text)
+    return (problem.op, problem.traits, tuple(size for _, size in reversed(problem.dims)), problem.align)
+
+
+def _show_problem(problem: str, rows: list[Measurement]) -> Iterator[tuple[str, ...]]:
+    """The fastest candidate of each precision class."""
+    default = next((row for row in rows if row.candidate == pool.operator(row.op).default), rows[0])
+    timed = [row for row in rows if row.status == "ok" and row.ratio is not None]
+    if not timed:
+        yield (escape(problem), "", "none could be timed", "", "", "", "", "")
+    for precision in ("exact", "bf16", "int8", "int4"):
+        group = [row for row in timed if row.precision == precision]
+        if not group:
+            continue
+        best = max(group, key=lambda row: row.ratio or 0.0)
+        yield (
+            escape(problem),
+            precision,
+            best.candidate,
+            f"{(default.median_ns or 0) / 1e3:.1f}",
+            f"{(best.median_ns or 0) / 1e3:.1f}",
+            f"{best.ratio:.2f} [{best.ratio_low or 0:.2f}, {best.ratio_high or float('inf'):.2f}]",
+            f"{best.error:.1e}",
+            str(len(best.samples_ns)),
+        )
+        problem = ""
+
+
+def _show_failures(rows: list[Measurement]) -> None:
+    seen: dict[tuple[str, str, str, str], int] = {}
+    for row in rows:
+        if row.status != "ok":
+            key = (row.op, row.candidate, row.status, row.reason)
+            seen[key] = seen.get(key, 0) + 1
+    for (op, candidate, status, reason), count in sorted(seen.items()):
+        click.echo(f"{op} {candidate}: {status} on {count} problems: {reason}")
+
+
+@cli.command()
+def doctor() -> int:
+    """Say what this machine can profile, and why not the rest."""
+    environment = Environment.current()
+    for name, value in environment.to_dict().items():
+        click.echo(f"{name:>10}: {value}")
+    cache = private_cache_bytes()
+    click.echo(f"{'cache':>10}: {f'{cache} bytes private to a core' if cache else 'unknown: 2 MiB is assumed'}")
+    click.echo(f"{'energy':>10}: not measured: no counter is read yet")
+    table = Table(title="kernels")
+    for column in ("operator", "kernel", "precision", "weight form", "here"):
+        table.add_column(column)
+    for op in pool.operators():
+        for kernel in pool.kernels_for(op):
+            classes = ", ".join(f"{dtype}: {p.value}" for dtype, p in kernel.precision.items())
+            why = kernel.unavailable()
+            table.add_row(op, kernel.id, classes, kernel.form or "-", "yes" if why is None else f"no: {why}")
+    command_line.print_table(table)
+    return 0
+
+
+def main() -> None:
+    """The command's entry point."""
+    command_line.run(cli, kept="what was measured is kept; run it again to resume")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""A sweep config's own shape: the keys, types and ranges of its YAML, as pydantic models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from dks.dispatch import bins as schemes
+from dks.dispatch.problem import MAX_DIM
+from dks.profiler.document import Document, Where, one_of, shown, unknown
+from dks.profiler.problems import Axis, read_histogram
+
+VERSION = 1  # of the form; a change that old files don't survive raises it
+
+
+def _number(low: float, high: float, said: str, *, whole: bool = True) -> BeforeValidator:
+    def check(value: object) -> object:
+        kinds = int if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            raise ValueError(f"expected {'a whole number' if whole else 'a number'} from {said}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _text(pattern: str, said: str) -> BeforeValidator:
+    def check(value: object) -> object:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"expected {said}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _alignment(value: object) -> object:
+    if isinstance(value, bool) or value not in (1, 2, 4, 8, 16, 32, 64):
+        raise ValueError("expected a power of two from 1 to 64")
+    return value
+
+
+def _each(value: object) -> tuple[str, ...]:
+    """One trait's value or values. YAML 1.1 has made booleans of yes and no."""
+    items = value if isinstance(value, tuple) else (value,)
+    if not items or any(item is None or isinstance(item, dict | tuple) for item in items):
+        raise ValueError("expected a value or a list of values")
+    return tuple(dict.fromkeys(item if isinstance(item, str) else shown(item) for item in items))
+
+
+Size = Annotated[int, _number(1, MAX_DIM, "1 to 2^40")]
+Text = Annotated[str, _text(".{1,200}", "text of at most 200 characters")]
+Name = Annotated[str, _text("[a-z][a-z0-9_]{0,63}", "lower-case letters, digits and '_', at most 64")]
+Device = Annotated[str, _text("cpu|cuda(:[0-9]{1,3})?", "cpu, cuda or cuda:N")]
+Pattern = Annotated[str, _text(r"[a-z0-9_./*?-]{1,200}", "a candidate's id, in which * and ? stand for any")]
+Rounds = Annotated[int, _number(2, 1_000_000, "2 to 1000000")]
+Alignment = Annotated[int, BeforeValidator(_alignment)]
+
+
+class _Form(BaseModel):
+    """A mapping of the YAML. The schemes' ``axis`` takes the config's folder and raises ValueError."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PowersOfTwo(_Form):
+    scheme: Literal["powers_of_two"]
+    min: Size
+    max: Size
+
+    def axis(self, _: Path) -> Axis:
+        return Axis.of(schemes.powers_of_two(self.min, self.max))
+
+
+class Multiples(_Form):
+    scheme: Literal["multiples"]
+    of: Size
+    min: Size
+    max: Size
+
+    def axis(self, _: Path) -> Axis:
+        return Axis.of(schemes.multiples(self.of, self.min, self.max))
+
+
+class Explicit(_Form):
+    scheme: Literal["explicit"]
+    edges: tuple[Size, ...]
+
+    def axis(self, _: Path) -> Axis:
+        return Axis.of(schemes.explicit(self.edges))
+
+
+class Quantiles(_Form):
+    scheme: Literal["quantiles"]
+    histogram: Text
+    bins: Annotated[int, _number(1, schemes.MAX_BINS, f"1 to {schemes.MAX_BINS}")]
+
+    def axis(self, folder: Path) -> Axis:
+        try:
+            histogram = read_histogram(folder / self.histogram)
+        except ValueError as error:
+            raise ValueError(f"{self.histogram}: {error}") from None
+        return Axis.of(schemes.quantiles(histogram, self.bins), histogram)
+
+
+Scheme = Annotated[PowersOfTwo | Multiples | Explicit | Quantiles, Field(discriminator="scheme")]
+_SCHEMES: Mapping[str, type[BaseModel]] = {
+    "powers_of_two": PowersOfTwo,
+    "multiples": Multiples,
+    "explicit": Explicit,
+    "quantiles": Quantiles,
+}
+
+
+class EntryForm(_Form):
+    dims: dict[str, Size]
+    traits: dict[str, Annotated[tuple[str, ...], BeforeValidator(_each)]] = {}
+    count: Annotated[int, _number(1, 1e9, "1 to 10^9")] = 1
+
+
+class OperatorForm(_Form):
+    bins: dict[str, Scheme]
+    tie: dict[str, Text] = {}
+    problems: Annotated[tuple[EntryForm, ...], Field(min_length=1)]
+    alignments: Annotated[tuple[Alignment, ...], Field(min_length=1)] = (64,)
+    candidates: Annotated[tuple[Pattern, ...], Field(min_length=1)] = ("*",)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """How long a problem is timed.
+
+    Attributes:
+        min_rounds: rounds of every candidate that are timed whatever they show.
+        max_rounds: rounds after which timing stops whatever they show.
+        seconds: cap on the timing of one problem.
+        precision: timing stops when the half-width of the confidence interval of every ratio that matters
+            is below this.
+        seed: of inputs and of the order of candidates.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    min_rounds: Rounds = 10
+    max_rounds: Rounds = 100
+    seconds: Annotated[float, _number(1e-3, 3600, "0.001 to 3600", whole=False)] = 1.0
+    precision: Annotated[float, _number(1e-6, 1, "0.000001 to 1", whole=False)] = 0.02
+    seed: Annotated[int, _number(0, 2**63 - 1, "0 to 2^63 - 1")] = 0
+
+
+class SweepForm(_Form):
+    version: int
+    name: Name
+    device: Device = "cpu"
+    threads: Annotated[int, _number(1, 1024, "1 to 1024")] | None = None
+    operators: Annotated[dict[str, OperatorForm], Field(min_length=1)]
+    measure: Measure = Measure()
+
+
+def read_form(document: Document) -> SweepForm:
+    """The document's data, with every key, type and range checked.
+
+    Raises:
+        ConfigError: what is wrong with them.
+    """
+    data = document.data
+    if isinstance(data, dict):
+        version = data.get("version")
+        if isinstance(version, bool) or version != VERSION:
+            step = "this release reads no other form"
+            document.fault(("version",), f"found {shown(version)}, expected {VERSION}; {step}")
+            document.check()
+    try:
+        form = SweepForm.model_validate(data)
+    except ValidationError as errors:
+        for error in errors.errors(include_url=False):
+            _fault(document, error)
+        document.check()
+        raise
+    low, high = form.measure.min_rounds, form.measure.max_rounds
+    if low > high:
+        document.fault(("measure", "max_rounds"), f"found {high}, expected at least min_rounds ({low})")
+        document.check()
+    return form
+
+
+def _fault(document: Document, error: Mapping[str, Any]) -> None:
+    """Say what pydantic found in the form of every other message."""
+    where: Where = error["loc"]
+    kind, found = error["type"], shown(error["input"])
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        text = unknown(str(where[-1]), _allowed(where[:-1]))
+    elif kind == "missing":
+        text = "found nothing, expected it: this key has no default"
+    elif kind == "union_tag_invalid":
+        where, text = (*where, "scheme"), unknown(error["ctx"]["tag"], _SCHEMES)
+    elif kind == "union_tag_not_found":
+        where, text = (*where, "scheme"), f"found nothing, expected {one_of(_SCHEMES)}"
+    elif kind == "value_error":
+        text = f"found {found}, {error['ctx']['error']}"
+    elif kind == "too_short":
+        if error["input"]:  # it had items, and they are at fault themselves
+            return
+        text = "found nothing in it, expected at least one"
+    elif kind == "tuple_type":
+        text = f"found {found}, expected a list"
+    else:
+        text = f"found {found}, expected a mapping"
+    # Inside a scheme, pydantic's location has the scheme's name as one more level.
+    document.fault(where[:4] + where[5:] if where[2:3] == ("bins",) and len(where) > 5 else where, text)
+
+
+def _allowed(where: Where) -> Sequence[str]:
+    """The keys that belong at ``where``, a location of pydantic's."""
+    match where:
+        case ():
+            return list(SweepForm.model_fields)
+        case ("measure",):
+            return [each.name for each in fields(Measure)]
+        case (_, _, "bins", _, str(scheme)):
+            return list(_SCHEMES[scheme].model_fields)
+        case (_, _, "problems", _):
+            return list(EntryForm.model_fields)
+        case _:
+            return list(OperatorForm.model_fields)

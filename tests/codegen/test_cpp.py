@@ -1,0 +1,303 @@
+"""table.hpp and the compiled extension against the Python form of the lookup."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import random
+import re
+import shutil
+import subprocess
+from math import prod
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import dks.dispatch
+from dks.codegen import compile as compiling
+from dks.codegen.compile import BINARY, compile_extension
+from dks.codegen.cpp import render_header
+from dks.codegen.templating import cstring
+from dks.dispatch.table import Group, Rule, Table
+
+HARNESS = Path(__file__).parent / "harness.cpp"
+LOOKUP = (Path(dks.dispatch.__file__).parent / "lookup.hpp").read_text(encoding="utf-8")
+STRICT = ("-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror")
+CLASSES = ((64, 16, 4), (64, 16, 4), (64, 16, 4), (64,), (32, 8, 1))
+DIMS = (1, 2, 3, 1, 0)
+ALIGNS = (-1, 0, *range(1, 65), 65, 128)
+INT64 = np.iinfo(np.int64)
+HOSTILE = (
+    'quote " and \\" and \\',
+    "continued \\\n#error",
+    "*/ // /*",
+    "NUL \0 1",
+    "??/ ??=",
+    "bidi \u202e\u2066 end",
+    "\r\n\t\x7f\x1b[0m",
+    'R"(raw)" %s {{ braces }} {% raw %}',
+    "surrogate \ud800",
+    "digits \x011234",
+)
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+
+
+def make_table(seed: int) -> Table:
+    """Groups of every number of dims and set of classes, a quarter of the cells unmeasured."""
+    rng = random.Random(seed)
+    rules = tuple(Rule(f"kernel{i}/size{rng.randrange(999)}", 1 << rng.randrange(7)) for i in range(20))
+    groups = []
+    for number, (dims, classes) in enumerate(itertools.product(DIMS, CLASSES)):
+        edges = tuple(make_edges(rng, top=40 if number % 4 == 0 else 8) for _ in range(dims))
+        cells = {}
+        for align in classes:
+            fit = [i for i, rule in enumerate(rules) if rule.align <= align]
+            width = prod(map(len, edges))
+            cells[align] = tuple(rng.choice(fit) if rng.random() < 0.75 else -1 for _ in range(width))
+        groups.append(Group("op", "direct", (("dtype", "float32"),), (("n", number + 1),), edges, cells))
+    return Table(rules, tuple(groups))
+
+
+def make_edges(rng: random.Random, top: int) -> tuple[int, ...]:
+    return tuple(sorted({1 << top, *(int(2 ** rng.uniform(0, top)) for _ in range(rng.randint(0, 3)))}))
+
+
+def boundary_queries(table: Table) -> np.ndarray:
+    """Every group at every combination of an edge and its neighbours, at every alignment."""
+    queries = []
+    for index, group in enumerate(table.groups):
+        axes = []
+        for edges in group.edges:
+            near = {edge + step for edge in (0, *edges, 2 * edges[-1]) for step in (-1, 0, 1)}
+            axes.append(sorted(near | {INT64.min, INT64.max}))
+        unused = [[7]] * (3 - len(axes))
+        columns = np.meshgrid([index], ALIGNS, *axes, *unused, indexing="ij")
+        queries.append(np.stack([column.ravel() for column in columns], axis=1))
+    return np.concatenate(queries).astype(np.int64)
+
+
+def random_queries(table: Table, count: int) -> np.ndarray:
+    rng = np.random.default_rng(2)
+    groups = rng.integers(0, len(table.groups), (count, 1))
+    aligns = rng.integers(1, 65, (count, 1))
+    reach = np.where(groups % 4 == 0, 42, 10)  # as far as the group's edges, and a little past
+    sizes = np.exp2(rng.random((count, 3)) * reach).astype(np.int64) - (rng.random((count, 3)) < 0.01)
+    return np.concatenate([groups, aligns, sizes], axis=1)
+
+
+def ask(find: object, table: Table, queries: np.ndarray) -> np.ndarray:
+    """Answers of a ``find(group, align, *sizes)``."""
+    dims = [2 + len(group.edges) for group in table.groups]
+    answers = [find(*query[: dims[query[0]]]) for query in queries.tolist()]  # type: ignore[operator]
+    return np.array(answers, dtype=np.int32)
+
+
+def load(binary: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_lookup", binary)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(folder: Path, main: str, *options: str) -> Path:
+    """Compile ``main`` against the headers in ``folder``, strictly."""
+    (folder / "main.cpp").write_text(main, encoding="utf-8")
+    program = folder / "main"
+    command = ["g++", *STRICT, *options, "-iquote", str(folder), str(folder / "main.cpp"), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+@pytest.fixture(scope="module")
+def table() -> Table:
+    return make_table(seed=1)
+
+
+@pytest.fixture(scope="module")
+def package(table: Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "table.hpp").write_text(render_header("sample", table, LOOKUP), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extension(package: Path) -> ModuleType:
+    result = compile_extension(package, "generation-1")
+    assert result.path == package / BINARY, result.reason
+    return load(result.path)
+
+
+@needs_compiler
+def test_three_forms_agree(table: Table, package: Path, extension: ModuleType) -> None:
+    program = build(
+        package, HARNESS.read_text(), "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"
+    )
+    queries = np.concatenate([boundary_queries(table), random_queries(table, 1_000_000)])
+    done = subprocess.run([program], input=queries.tobytes(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    from_header = np.frombuffer(done.stdout, dtype=np.int32)
+    wanted = ask(table.find, table, queries)
+    assert set(wanted[wanted < 0]) == {-1, -2, -3, -4} and set(wanted[wanted >= 0] & 3) == {0, 1, 2}
+    for form, answers in (("header", from_header), ("extension", ask(extension.find, table, queries))):
+        wrong = np.flatnonzero(answers != wanted)
+        assert wrong.size == 0, f"{form}: {queries[wrong[0]]} {answers[wrong[0]]} {wanted[wrong[0]]}"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "asked",
+    [(), (0,), (0, 64), (0, 64, 1, 2), (-1, 64, 1), (10**6, 64, 1), (2**80, 64, 1), (-(2**80), 64, 1)]
+    + [(0, align, size) for align in (2**40, -(2**40), 2**80) for size in (1, 2**63, 2**80, -(2**80))],
+)
+def test_extension_fails_as_python_does(table: Table, extension: ModuleType, asked: tuple[int, ...]) -> None:
+    def outcome(find: object) -> object:
+        try:
+            return find(*asked)  # type: ignore[operator]
+        except (TypeError, IndexError) as error:
+            return type(error)
+
+    assert outcome(extension.find) == outcome(table.find)
+
+
+@needs_compiler
+@pytest.mark.parametrize("asked", [(0, 64, 1.5), (0, "64", 1), (None, 64, 1)])
+def test_extension_takes_whole_numbers_only(extension: ModuleType, asked: tuple[object, ...]) -> None:
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        extension.find(*asked)
+
+
+@needs_compiler
+def test_extension_names_its_generation(extension: ModuleType) -> None:
+    assert extension.GENERATION == "generation-1"
+
+
+@needs_compiler
+def test_same_bytes_anywhere(package: Path, extension: ModuleType, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "a much longer path"
+    elsewhere.mkdir()
+    shutil.copy(package / "table.hpp", elsewhere)
+    assert compile_extension(elsewhere, "generation-1").reason == ""
+    assert (elsewhere / BINARY).read_bytes() == (package / BINARY).read_bytes()
+    assert sorted(path.name for path in elsewhere.iterdir()) == [BINARY, "table.hpp"]
+
+
+@needs_compiler
+def test_two_tables_in_one_unit_and_an_empty_one(table: Table, package: Path, tmp_path: Path) -> None:
+    shutil.copy(package / "table.hpp", tmp_path)
+    for name, held in (("other", make_table(seed=3)), ("empty", Table((), ()))):
+        (tmp_path / f"{name}.hpp").write_text(render_header(name, held, LOOKUP), encoding="utf-8")
+    width = table.groups[0].edges[0][0]
+    code = table.find(0, 64, width)
+    main = f"""
+        #include "table.hpp"
+        #include "other.hpp"
+        #include "empty.hpp"
+        #include "table.hpp"
+        static_assert(sample::group("op", "direct", "dtype=float32", {{1}}) == 0);
+        static_assert(other::group("op", "direct", "dtype=float32", {{2}}) == 1);
+        static_assert(sample::group("op", "direct", "dtype=bfloat16", {{1}}) == -1);
+        static_assert(sample::group("op", "direct", "dtype=float32", {{1, 1}}) == -1);
+        static_assert(sample::choose(0, {{{width}}}, 64).rule == {code >> 2});
+        static_assert(sample::choose(sample::Group::op_direct_dtype_float32_n1, {{{width}}}, 64).hit);
+        static_assert(!sample::choose(-1, {{1}}, 64).hit && !sample::choose(0, {{1, 1}}, 64).hit);
+        static_assert(!empty::choose(0, {{}}, 64).hit && empty::group("op", "direct", "", {{}}) == -1);
+        int main() {{}}
+    """
+    build(tmp_path, main)
+
+
+@needs_compiler
+def test_empty_table_compiles_as_an_extension(tmp_path: Path) -> None:
+    (tmp_path / "table.hpp").write_text(render_header("empty", Table((), ()), LOOKUP), encoding="utf-8")
+    result = compile_extension(tmp_path, "0")
+    assert result.path is not None, result.reason
+    with pytest.raises(IndexError):
+        load(result.path).find(0, 64)
+
+
+@needs_compiler
+def test_hostile_text_keeps_its_bytes_and_its_place(tmp_path: Path) -> None:
+    def header(candidates: tuple[str, ...]) -> str:
+        rules = tuple(Rule(candidate, 1) for candidate in candidates)
+        return render_header("sample", Table(rules, ()), LOOKUP)
+
+    hostile, tame = header(HOSTILE), header(("tame",) * len(HOSTILE))
+    assert hostile.isascii() and "\0" not in hostile
+    literal = re.compile(r'"(?:[^"\\\n]|\\.)*"')
+    assert literal.sub("", hostile) == literal.sub("", tame)
+    (tmp_path / "table.hpp").write_text(hostile, encoding="utf-8")
+    shown = "".join(f"show({cstring(text)});\n" for text in HOSTILE)
+    show = "template <std::size_t N> void show(const char (&t)[N]) { std::fwrite(t, 1, N, stdout); }"
+    main = f'#include "table.hpp"\n#include <cstdio>\n{show}\nint main() {{\n{shown}}}\n'
+    output = subprocess.run([build(tmp_path, main)], capture_output=True, check=True).stdout
+    assert output == b"".join(text.encode("utf-8", "surrogatepass") + b"\0" for text in HOSTILE)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "1a", "a-b", "class", "std", "dks", "linux", "_a", "a\n", "a b", "ü", "a."]
+)
+def test_name_that_is_no_namespace(name: str) -> None:
+    with pytest.raises(ValueError, match="name: found"):
+        render_header(name, Table((), ()), LOOKUP)
+
+
+def test_key_that_is_no_identifier() -> None:
+    group = Group("op\n#error", "direct", (), (), (), {64: (-1,)})
+    with pytest.raises(ValueError, match="operator: found"):
+        render_header("sample", Table((), (group,)), LOOKUP)
+
+
+def test_groups_that_read_alike_get_different_names() -> None:
+    groups = tuple(Group(op, "direct", (), (), (), {64: (-1,)}) for op in ("a.b", "a_b", "linux", "0"))
+    text = render_header("sample", Table((), groups), LOOKUP)
+    for name in ("a_b_direct = 0", "a_b_direct_2 = 1", "a_b_direct_3 = 2", "group_0_direct = 3"):
+        assert f"  {name},\n" in text
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/nowhere/g++", "no such program"), ("'", "No closing quotation"), ("false", "ended with code 1")],
+)
+def test_no_compiler_is_a_reason(
+    compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    (tmp_path / BINARY).write_text("of an earlier table")
+    result = compile_extension(tmp_path, "0")
+    assert result.path is None and reason in result.reason
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_installed_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "found none of g++" in compile_extension(tmp_path, "0").reason
+
+
+@needs_compiler
+def test_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "table.hpp").write_text("#error spilled ink\n")
+    reason = compile_extension(tmp_path, "0").reason
+    assert "spilled ink" in reason and str(tmp_path) not in reason
+    monkeypatch.setattr(compiling, "TIMEOUT", 0.0)
+    assert "took more than" in compile_extension(tmp_path, "0").reason
+
+
+@needs_compiler
+def test_no_python_headers_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "no Python.h" in compile_extension(tmp_path, "0").reason
+
+
+def test_no_folder_is_a_reason(tmp_path: Path) -> None:
+    assert compile_extension(tmp_path / "nowhere", "0").path is None
+
+
+def test_generation_that_is_no_digest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="generation: found"):
+        compile_extension(tmp_path, '"; system("x')
