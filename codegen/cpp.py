@@ -93,8 +93,8 @@ def check_namespace(name: str) -> str:
     """
     if not _NAMESPACE.match(name) or name in _KEYWORDS or name in _TAKEN:
         raise ValueError(
-            f"name: found {name!r}, expected letters, digits and '_', the first a letter, and no word of C++; "
-            "choose another --name"
+            f"name: found {name!r}, expected letters, digits and '_', the first a letter, and no "
+            "word of C++; choose another --name"
         )
     return name
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dks.codegen.compile import compile_extension
-from dks.codegen.cpp import render_header
+from dks.codegen.cpp import check_namespace, render_header
 from dks.codegen.lut import Lut
 from dks.codegen.templating import environment as templates
 from dks.dispatch import pool
@@ -42,27 +42,22 @@ class Built:
 
 
 def check_package_name(name: str) -> str:
-    """Return ``name`` if it can be imported and read back in every language of the output.
+    """Return ``name`` if it can be imported, and is a namespace in C++ too.
 
     Raises:
-        BadInput: it is not a lower-case Python identifier, or a keyword of Python or C++.
+        BadInput: it is no identifier, a keyword of either language, or taken.
     """
-    taken = {*keyword.kwlist, *keyword.softkwlist, *_CPP_KEYWORDS, "dks", "std", "torch"}
-    if not (name.isascii() and name.isidentifier() and len(name) <= 64) or name in taken or name.startswith("_"):
+    usable = name.isascii() and name.isidentifier() and len(name) <= 64 and not name.startswith("_")
+    if not usable or name in {*keyword.kwlist, *keyword.softkwlist, "dks", "torch"}:
         raise BadInput(
             f"name: found {name!r}, expected a Python identifier of at most 64 letters, digits and '_' that is "
             "no keyword, such as minilm_exact"
         )
+    try:
+        check_namespace(name)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
     return name
-
-
-_CPP_KEYWORDS = frozenset(
-    "alignas alignof and_eq asm auto bitand bitor bool case catch char const constexpr decltype default delete "
-    "do double dynamic_cast enum explicit export extern final float friend goto inline int long mutable "
-    "namespace new noexcept not_eq nullptr operator or_eq override private protected public register "
-    "reinterpret_cast short signed sizeof static static_assert static_cast struct switch template this "
-    "thread_local throw typedef typeid typename union unsigned using virtual void volatile wchar_t xor".split()
-)
 
 
 def check_destination(out: Path, name: str) -> None:

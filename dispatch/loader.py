@@ -41,6 +41,7 @@ class Manifest:
         kernels: source digest by kernel id, of every kernel some rule chose.
         files: SHA-256 by file name, of every other file.
         lookup: ``compiled``, or why there is only the Python form.
+        generation: digest of the table's text, which the compiled lookup carries too.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Manifest:
     kernels: Mapping[str, str]
     files: Mapping[str, str]
     lookup: str
+    generation: str
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -70,7 +72,8 @@ def read_manifest(folder: Path) -> Manifest:
             if not isinstance(value, str):
                 raise ValueError(f"{name} is {value!r}")
         environment = Environment.from_dict(data["environment"])
-        return Manifest(str(data["name"]), environment, **texts, lookup=str(data["lookup"]))
+        lookup, generation = str(data["lookup"]), str(data["generation"])
+        return Manifest(str(data["name"]), environment, **texts, lookup=lookup, generation=generation)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{path}: found no readable manifest ({type(error).__name__}: {error}), expected one that "
@@ -155,6 +158,14 @@ def _compiled_find(package: str, folder: Path, manifest: Manifest) -> Find | Non
         module: ModuleType = importlib.import_module(f"{package}._lookup")
     except ImportError as error:
         warnings.warn(f"{package}: the Python lookup serves: {error}", RuntimeWarning, stacklevel=4)
+        return None
+    if module.GENERATION != manifest.generation:
+        warnings.warn(
+            f"{package}: the Python lookup serves: the compiled one is of generation {module.GENERATION}, "
+            f"expected {manifest.generation}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
         return None
     find: Find = module.find
     return find

@@ -163,9 +163,7 @@ def _axes(document: Document, op: Operator, form: OperatorForm, tie: Mapping[str
             document.fault(place, str(error).removeprefix("bins: ").removeprefix(f"{scheme.scheme}: "))
     for name, source in tie.items():
         if name in axes and source in axes and axes[name].bins != axes[source].bins:
-            text = (
-                f"found other bins than those of {source!r}, expected the same for a tied dim; leave it out"
-            )
+            text = f"found other bins than its tie {source!r} has, expected the same; leave it out"
             document.fault((*where, name), text)
         elif source in axes:
             axes[name] = axes[source]

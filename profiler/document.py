@@ -15,7 +15,7 @@ from dks.dispatch.errors import BadInput
 
 MAX_BYTES = 1 << 20  # of a config or a histogram; thousands of times what one needs
 MAX_DEPTH = 16  # the form has 7 levels; a deeper file is an attack on the parser's stack
-MAX_EVENTS = 50_000  # keys, values and brackets; PyYAML takes seconds for so many
+MAX_EVENTS = 10_000  # keys, values and brackets; PyYAML takes about a second for so many
 MAX_FAULTS = 20  # shown at once
 
 Where = tuple[str | int, ...]
@@ -70,7 +70,8 @@ class Document:
         raise ConfigError("\n".join(texts[:MAX_FAULTS] + ([f"... and {more} more"] if more > 0 else [])))
 
     def _note(self, line: int, subject: str, text: str) -> None:
-        self._faults.append((line, f"{self.path}:{line}: {subject}: {text}"))
+        path = str(self.path) if str(self.path).isprintable() else repr(str(self.path))
+        self._faults.append((line, f"{path}:{line}: {subject}: {text}"))
 
     def _parse(self) -> yaml.Node | None:
         try:
@@ -89,7 +90,7 @@ class Document:
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
             self._note(line, "YAML", f"found the character {error.character:#x}, expected printable text")
-        except (ValueError, OverflowError):  # PyYAML lets int() and chr() fail inside: a directive's digits, an escape's range
+        except (ValueError, OverflowError):  # from PyYAML's own int() and chr(), on directives and escapes
             self._note(1, "YAML", "found a number or an escape that is out of range, expected a YAML mapping")
         return None
 
@@ -144,7 +145,7 @@ class Document:
             return text.lower() in ("yes", "true", "on")
         # YAML 1.1 reads 010 as 8 and 1:30 as 90, and 1e-2 as text: none of these is what its writer means.
         if kind == "int" and _WHOLE.match(text):
-            return int(text)
+            return int(text.replace("_", ""))
         if kind == "float" or (kind == "str" and node.style is None and _EXPONENT.match(text)):
             try:
                 return float(text.replace("_", ""))

@@ -38,7 +38,7 @@ def _text(pattern: str, said: str) -> BeforeValidator:
 
 
 def _alignment(value: object) -> object:
-    if isinstance(value, bool) or value not in (1, 2, 4, 8, 16, 32, 64):
+    if type(value) is not int or value not in (1, 2, 4, 8, 16, 32, 64):
         raise ValueError("expected a power of two from 1 to 64")
     return value
 
@@ -67,6 +67,8 @@ class _Form(BaseModel):
 
 
 class PowersOfTwo(_Form):
+    """``{scheme: powers_of_two, min: 1, max: 8192}``"""
+
     scheme: Literal["powers_of_two"]
     min: Size
     max: Size
@@ -76,6 +78,8 @@ class PowersOfTwo(_Form):
 
 
 class Multiples(_Form):
+    """``{scheme: multiples, of: 64, min: 64, max: 512}``"""
+
     scheme: Literal["multiples"]
     of: Size
     min: Size
@@ -86,6 +90,8 @@ class Multiples(_Form):
 
 
 class Explicit(_Form):
+    """``{scheme: explicit, edges: [1, 8, 32]}``"""
+
     scheme: Literal["explicit"]
     edges: tuple[Size, ...]
 
@@ -94,6 +100,8 @@ class Explicit(_Form):
 
 
 class Quantiles(_Form):
+    """``{scheme: quantiles, histogram: FILE, bins: 12}``, the file relative to the config's folder."""
+
     scheme: Literal["quantiles"]
     histogram: Text
     bins: Annotated[int, _number(1, schemes.MAX_BINS, f"1 to {schemes.MAX_BINS}")]
@@ -116,12 +124,16 @@ _SCHEMES: Mapping[str, type[BaseModel]] = {
 
 
 class EntryForm(_Form):
+    """One entry under ``problems``. A list of a trait's values means each; ``count``: calls a model pass."""
+
     dims: dict[str, Size]
     traits: dict[str, Annotated[tuple[str, ...], BeforeValidator(_each)]] = {}
     count: Annotated[int, _number(1, 1e9, "1 to 10^9")] = 1
 
 
 class OperatorForm(_Form):
+    """One entry under ``operators``. A dim under ``tie`` takes the size of the dim it names."""
+
     bins: dict[str, Scheme]
     tie: dict[str, Text] = {}
     problems: Annotated[tuple[EntryForm, ...], Field(min_length=1)]
@@ -152,6 +164,8 @@ class Measure:
 
 
 class SweepForm(_Form):
+    """The whole file."""
+
     version: int
     name: Name
     device: Device = "cpu"
@@ -169,7 +183,7 @@ def read_form(document: Document) -> SweepForm:
     data = document.data
     if isinstance(data, dict):
         version = data.get("version")
-        if isinstance(version, bool) or version != VERSION:
+        if type(version) is not int or version != VERSION:
             step = "this release reads no other form"
             document.fault(("version",), f"found {shown(version)}, expected {VERSION}; {step}")
             document.check()

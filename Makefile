@@ -1,0 +1,38 @@
+# Every target sets up what it needs in .venv, from the pinned versions in constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# PyTorch keeps its CPU builds on an index of its own; the default index's torch brings gigabytes of CUDA.
+# Used where it can be reached; otherwise pip takes the pinned torch from wherever it is configured to look.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+EXTRAS := dev
+
+.PHONY: help setup setup-demo test lint demo bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: $(VENV)/.installed-dev ## install DKS and its tools into .venv
+setup-demo: $(VENV)/.installed-dev,demo ## the same, with the demo's model
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt scripts/setup.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_INDEX="$(TORCH_INDEX)" sh scripts/setup.sh "$*"
+	@touch $@
+
+test: setup ## run the tests (no GPU, under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -q
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: setup-demo ## profile, generate and serve a real model; prints a table
+	$(BIN)/python -m bench.demo
+
+bench: setup ## every problem of the MiniLM sweep: default, chosen, oracle, on bins and between them
+	$(BIN)/python -m bench.operators
+
+clean: ## remove the environment and all results
+	rm -rf $(VENV) runs
