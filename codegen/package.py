@@ -7,6 +7,7 @@ import hashlib
 import json
 import keyword
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,13 +46,14 @@ def check_package_name(name: str) -> str:
     """Return ``name`` if it can be imported, and is a namespace in C++ too.
 
     Raises:
-        BadInput: it is no identifier, a keyword of either language, or taken.
+        BadInput: it is no identifier, a keyword of either language, or a module's name already.
     """
     usable = name.isascii() and name.isidentifier() and len(name) <= 64 and not name.startswith("_")
-    if not usable or name in {*keyword.kwlist, *keyword.softkwlist, "dks", "torch"}:
+    taken = {*keyword.kwlist, *keyword.softkwlist, *sys.stdlib_module_names, "dks", "torch"}
+    if not usable or name in taken:
         raise BadInput(
             f"name: found {name!r}, expected a Python identifier of at most 64 letters, digits and '_' that is "
-            "no keyword, such as minilm_exact"
+            "no keyword and no module of Python's own, such as minilm_exact"
         )
     try:
         check_namespace(name)

@@ -6,6 +6,7 @@ upper edge is also the bin's representative, the size that is measured.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,16 +84,22 @@ def quantiles(histogram: Sequence[tuple[int, float]], count: int) -> Bins:
     for value, weight in histogram:
         if value < 1 or not weight > 0:
             raise ValueError(f"quantiles: found the row {value},{weight}, expected value >= 1 and weight > 0")
-    ordered = sorted(histogram)
-    total = sum(weight for _, weight in ordered)
+    merged: dict[int, float] = {}
+    for value, weight in histogram:
+        merged[value] = merged.get(value, 0.0) + weight
+    total = math.fsum(merged.values())
+    if not math.isfinite(total):
+        raise ValueError(f"quantiles: found a total weight of {total}, expected a finite one")
     edges: list[int] = []
-    seen = 0.0
-    for value, weight in ordered:
-        seen += weight
-        if seen / total >= (len(edges) + 1) / count - 1e-12 and (not edges or value > edges[-1]):
+    seen, shares = 0.0, 0
+    for value in sorted(merged):
+        seen += merged[value]
+        reached = math.floor(seen / total * count + 1e-9)
+        if reached > shares:
             edges.append(value)
-    if edges[-1] < ordered[-1][0]:
-        edges.append(ordered[-1][0])
+            shares = reached
+    # The last share ends at the largest value, whatever rounding made of the sum.
+    edges[-1:] = [max(merged)]
     return Bins(tuple(edges))
 
 

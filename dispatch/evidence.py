@@ -50,7 +50,8 @@ class Measurement:
         error_normal: the same on unit-normal activations.
         error_outliers: the same on activations with outlier features.
         form_bytes: bytes of the packed weight form beyond the caller's weight.
-        energy_j: joules a call; null where no counter exists, and then ``energy_note`` says why.
+        energy_j: joules a call; null where no counter exists.
+        energy_note: why energy_j is null.
         cache: state of caches while timing: ``cold_weights`` rotates weights beyond the private cache and
             leaves activations as the last call left them.
         kernel_digest: digest of the kernel's source.
@@ -126,7 +127,7 @@ def read_plan(path: Path) -> str | None:
     """The plan digest a file was written for; None where the file is not one of ours or is damaged."""
     try:
         metadata = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowException):
+    except Exception:  # as in read_rows
         return None
     return metadata.get(_PLAN_KEY, b"").decode(errors="replace") or None
 
@@ -145,7 +146,9 @@ def read_rows(path: Path) -> list[Measurement]:
         _check_schema(path, schema)
         table = pq.read_table(path)
         table.validate(full=True)
-    except (OSError, pa.ArrowException) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # a damaged file makes the reader raise whatever it meets
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(
             f"{path}: found a file that does not read as Parquet ({first}), expected one that dks-profile "

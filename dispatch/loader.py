@@ -180,12 +180,14 @@ def import_package(folder: Path) -> ModuleType:
     manifest = read_manifest(folder)
     if found := damaged(folder, manifest):
         raise BadInput(f"{folder}: {'; '.join(found)}; expected it as dks-codegen wrote it: build it again")
+    # Under a name of its own, so that whatever the package is called hides nothing here.
+    alias = f"_dks_package_{manifest.name}"
     spec = importlib.util.spec_from_file_location(
-        manifest.name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        alias, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[manifest.name] = module
+    sys.modules[alias] = module
     spec.loader.exec_module(module)
     return module
 

@@ -78,6 +78,8 @@ class Problem:
                 not a power of two up to 64.
         """
         check_name(op, "operator")
+        if "." in op:
+            raise ValueError(f"operator: found {op!r}, expected no '.'")
         for name, value in traits.items():
             check_name(name, "trait")
             check_name(value, f"trait {name}")
@@ -97,7 +99,10 @@ class Problem:
             raise ValueError(f"problem: found {text!r}, expected op[trait=value,...](dim=size,...)@align")
         traits = dict(_pairs(match["traits"]))
         dims = {name: int(size) for name, size in _pairs(match["dims"])}
-        return cls.of(match["op"], traits, dims, int(match["align"]))
+        problem = cls.of(match["op"], traits, dims, int(match["align"]))
+        if problem.id != text:  # other spellings of a number, a name twice, traits out of order
+            raise ValueError(f"problem: found {text!r}, expected it spelled {problem.id!r}")
+        return problem
 
     @property
     def id(self) -> str:
@@ -157,7 +162,10 @@ class Candidate:
             if match is None:
                 raise ValueError(f"candidate: found {text!r}, expected kernel/name1-name2")
             params.append((match[1], int(match[2])))
-        return cls(kernel, tuple(params))
+        candidate = cls(kernel, tuple(params))
+        if candidate.id != text:
+            raise ValueError(f"candidate: found {text!r}, expected it spelled {candidate.id!r}")
+        return candidate
 
     def __str__(self) -> str:
         return self.id

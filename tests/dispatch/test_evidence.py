@@ -1,0 +1,128 @@
+"""The one schema: what is written reads back, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dks.dispatch import evidence
+from dks.dispatch.errors import BadInput
+from dks.dispatch.evidence import SCHEMA, Measurement, read_plan, read_rows, read_run, write_rows
+from tests.codegen.rows import problem, row
+
+
+@pytest.fixture
+def rows() -> list[Measurement]:
+    return [row("torch.linear", 10), row("torch.addmm", [], status="failed", reason="said so")]
+
+
+def test_rows_read_back_as_written(tmp_path: Path, rows: list[Measurement]) -> None:
+    path = tmp_path / "a.parquet"
+    write_rows(path, rows, "plan")
+    assert read_rows(path) == rows and read_plan(path) == "plan"
+    write_rows(tmp_path / "b.parquet", [row("torch.linear", 5, problem(99))], "plan")
+    (tmp_path / "_run.json").write_text("not a measurement")
+    assert len(read_run(tmp_path)) == len(pd.read_parquet(tmp_path)) == 3
+
+
+def test_the_schema_is_what_the_class_documents() -> None:
+    documented = " ".join((Measurement.__doc__ or "").split())
+    for field in dataclasses.fields(Measurement):
+        assert f"{field.name}:" in documented or f"{field.name}," in documented, field.name
+    assert SCHEMA.names == [field.name for field in dataclasses.fields(Measurement)]
+
+
+def test_truncation_at_every_byte_is_refused(tmp_path: Path, rows: list[Measurement]) -> None:
+    path = tmp_path / "a.parquet"
+    write_rows(path, rows, "plan")
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 37):
+        path.write_bytes(whole[:size])
+        with pytest.raises(BadInput, match=r"a\.parquet"):
+            read_rows(path)
+        assert read_plan(path) is None
+
+
+def test_mutated_files_crash_nothing(tmp_path: Path, rows: list[Measurement]) -> None:
+    path = tmp_path / "a.parquet"
+    write_rows(path, rows, "plan")
+    whole = path.read_bytes()
+    rng = random.Random(11)
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            found = read_rows(path)
+        except BadInput:
+            continue
+        assert all(isinstance(r, Measurement) for r in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"problem": "linear[](m=0,n=1,k=1)@64"}, "2\\^40"),
+        ({"problem": "linear[](m=9223372036854775808,n=1,k=1)@64"}, "2\\^40"),
+        ({"problem": 'x"; drop'}, "problem"),
+        ({"candidate": "torch.linear*/"}, "kernel"),
+        ({"op": "attention"}, "op"),
+        ({"status": "fine"}, "status"),
+        ({"weight": float("nan")}, "weight"),
+        ({"weight": -1.0}, "weight"),
+        ({"samples_ns": [5, 0]}, "samples_ns"),
+        ({"error": float("inf")}, "error"),
+        ({"error": None}, "error"),
+        ({"environment": "{}"}, "environment"),
+        ({"environment": "[1]"}, "environment"),
+        ({"environment": "{"}, "environment"),
+    ],
+)
+def test_values_no_sweep_writes_are_refused_by_file_and_row(
+    tmp_path: Path, rows: list[Measurement], change: dict[str, object], expected: str
+) -> None:
+    path = tmp_path / "a.parquet"
+    write_rows(path, [rows[0], dataclasses.replace(rows[0], **change)], "plan")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=f"row 1: .*{expected}"):
+        read_rows(path)
+
+
+def test_other_parquet_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": [1]}), path)
+    with pytest.raises(BadInput, match="without a dks schema version"):
+        read_rows(path)
+    pq.write_table(pa.table({"x": [1]}).replace_schema_metadata({b"dks.schema": b"1"}), path)
+    with pytest.raises(BadInput, match="other columns"):
+        read_rows(path)
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    write_rows(path, [row("torch.linear", 10)], "plan")
+    monkeypatch.setattr(evidence, "MAX_FILE_BYTES", 100)
+    with pytest.raises(BadInput, match="expected at most 100"):
+        read_rows(path)
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, rows: list[Measurement], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    write_rows(path, rows, "old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evidence.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_rows(path, rows, "new")
+    assert read_plan(path) == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
