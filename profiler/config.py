@@ -119,6 +119,8 @@ def _check_dims(document: Document, op: Operator, dims: Mapping[str, int], where
     for name in op.static:
         if name not in dims:
             document.fault(where, f"found no {name!r}, expected {', '.join(op.static)}")
+    if set(dims) == set(op.static) and (odd := op.odd_dims(dims)):
+        document.fault(where, f"found {', '.join(f'{name}={size}' for name, size in dims.items())}, but {odd}")
 
 
 def _check_traits(doc: Document, op: Operator, traits: Mapping[str, Sequence[str]], where: Where) -> None:

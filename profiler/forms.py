@@ -100,18 +100,23 @@ class Explicit(_Form):
 
 
 class Quantiles(_Form):
-    """``{scheme: quantiles, histogram: FILE, bins: 12}``, the file relative to the config's folder."""
+    """``{scheme: quantiles, histogram: FILE, bins: 12}``, the file relative to the config's folder.
+
+    ``also: [1, 2, 4]`` adds edges that the recorded traffic does not ask for.
+    """
 
     scheme: Literal["quantiles"]
     histogram: Text
     bins: Annotated[int, _number(1, schemes.MAX_BINS, f"1 to {schemes.MAX_BINS}")]
+    also: tuple[Size, ...] = ()
 
     def axis(self, folder: Path) -> Axis:
         try:
             histogram = read_histogram(folder / self.histogram)
         except ValueError as error:
             raise ValueError(f"{self.histogram}: {error}") from None
-        return Axis.of(schemes.quantiles(histogram, self.bins), histogram)
+        edges = {*schemes.quantiles(histogram, self.bins).edges, *self.also}
+        return Axis.of(schemes.explicit(sorted(edges)), histogram)
 
 
 Scheme = Annotated[PowersOfTwo | Multiples | Explicit | Quantiles, Field(discriminator="scheme")]

@@ -81,7 +81,7 @@ def test_a_config_of_the_project_loads(path: Path) -> None:
         assert part.problems
         assert part.candidates == tuple(pool.candidates_for(part.op))
         assert tuple(part.bins) == pool.operator(part.op).dynamic
-        assert all(each.weight > 0 for each in part.problems)
+        assert all(each.weight >= 0 for each in part.problems)
 
 
 def test_minilm_counts_the_calls_of_one_pass() -> None:
@@ -98,7 +98,7 @@ def test_minilm_counts_the_calls_of_one_pass() -> None:
 
 def test_llama_bins_follow_the_recorded_traffic() -> None:
     (linear,) = load(CONFIGS / "llama3-8b-linear.yaml").operators
-    assert len(linear.bins["m"]) == 8
+    assert linear.bins["m"].edges[:6] == (1, 2, 4, 8, 16, 32) and len(linear.bins["m"]) == 14
     assert linear.bins["m"].edges[-1] == 14064
     counted = [each.weight for each in linear.problems if each.problem.dim("n") == 14336]
     assert sum(counted) == pytest.approx(64)
