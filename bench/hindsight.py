@@ -24,11 +24,10 @@ from dks.dispatch.table import Group, Rule, Table
 from dks.profiler.config import OperatorSweep, Sweep, WeightedProblem, load
 from dks.profiler.sweep import Event, run_sweep
 
-
 WIDEST = 1e-2  # both budgets of the demo share one run directory, so both measure the same candidates
 
 
-def oracle_runtime(  # noqa: PLR0913
+def oracle_runtime(
     config: Path,
     folder: Path,
     shapes: Sequence[Sequence[int]],
@@ -89,6 +88,10 @@ def _bins(op: str, problems: Iterable[Problem]) -> dict[str, Bins]:
     return {name: Bins(tuple(sorted({problem.dim(name) for problem in problems}))) for name in dynamic}
 
 
+Key = tuple[str, tuple[tuple[str, str], ...], tuple[tuple[str, int], ...]]
+"""An operator, its traits and its static dims."""
+
+
 def oracle_table(rows: Iterable[Measurement], max_error: float) -> Table:
     """The smallest median inside the budget for every measured problem."""
     best: dict[Problem, Measurement] = {}
@@ -99,25 +102,26 @@ def oracle_table(rows: Iterable[Measurement], max_error: float) -> Table:
         held = best.get(problem)
         if held is None or row.median_ns < (held.median_ns or 0.0):
             best[problem] = row
-    grouped: dict[tuple[object, ...], dict[tuple[int, ...], Measurement]] = defaultdict(dict)
+    grouped: dict[Key, dict[tuple[int, ...], Measurement]] = defaultdict(dict)
     aligns = {}
     for problem, row in best.items():
         operator = pool.operator(problem.op)
         statics = tuple((name, problem.dim(name)) for name in operator.static)
-        key = (problem.op, problem.traits, statics)
+        key: Key = (problem.op, problem.traits, statics)
         grouped[key][tuple(problem.dim(name) for name in operator.dynamic)] = row
         aligns[key] = problem.align
-    rules, groups = [], []
+    rules: list[Rule] = []
+    groups: list[Group] = []
     for key, cells in grouped.items():
         op, traits, statics = key
         edges = tuple(tuple(sorted({sizes[i] for sizes in cells})) for i in range(len(next(iter(cells)))))
         indices = []
         for sizes in itertools.product(*edges):
-            row = cells.get(sizes)
-            indices.append(-1 if row is None else len(rules))
-            if row is not None:
-                kernel = pool.kernels()[Candidate.parse(row.candidate).kernel]
-                rules.append(Rule(row.candidate, kernel.alignment_for(dict(traits)["dtype"])))  # type: ignore[call-overload]
-        form = "prepared" if any(k.form for k in pool.kernels_for(str(op))) else "direct"
-        groups.append(Group(str(op), form, traits, statics, edges, {aligns[key]: tuple(indices)}))  # type: ignore[arg-type]
+            winner = cells.get(sizes)
+            indices.append(-1 if winner is None else len(rules))
+            if winner is not None:
+                kernel = pool.kernels()[Candidate.parse(winner.candidate).kernel]
+                rules.append(Rule(winner.candidate, kernel.alignment_for(dict(traits)["dtype"])))
+        form = "prepared" if any(k.form for k in pool.kernels_for(op)) else "direct"
+        groups.append(Group(op, form, traits, statics, edges, {aligns[key]: tuple(indices)}))
     return Table(tuple(rules), tuple(groups))

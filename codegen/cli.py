@@ -38,7 +38,9 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Where the package goes.")
+@click.option(
+    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Where the package goes."
+)
 @click.option("--name", required=True, help="The package's import name.")
 @click.option("--max-error", type=float, help="Relative error a kernel may show against float64 [1e-2].")
 @click.option(
@@ -48,8 +50,13 @@ def cli() -> None:
     help="latency, throughput, energy, memory, or a YAML file with a policy's fields.",
 )
 @click.option("--device", help="Build for results of another machine: the arch they name, in full.")
-def build(  # noqa: PLR0913 - the contract's flags
-    run_dirs: tuple[Path, ...], out: Path, name: str, max_error: float | None, objective: str, device: str | None
+def build(
+    run_dirs: tuple[Path, ...],
+    out: Path,
+    name: str,
+    max_error: float | None,
+    objective: str,
+    device: str | None,
 ) -> int:
     """Select winners from RUN_DIR... and generate OUT_DIR/NAME.
 
@@ -65,10 +72,16 @@ def build(  # noqa: PLR0913 - the contract's flags
     built = build_package(lut, rows, out, name)
     _print_summary(lut)
     state = "built" if built.changed else "unchanged"
-    click.echo(f"{built.folder}: {state}; {len(lut.rules)} rules, error at most {policy.max_error:g}, {policy.objective}")
-    click.echo(f"lookup: {built.lookup}" if built.lookup == "compiled" else f"lookup: Python form only: {built.lookup}")
+    click.echo(
+        f"{built.folder}: {state}; {len(lut.rules)} rules, error at most {policy.max_error:g}, {policy.objective}"
+    )
+    click.echo(
+        f"lookup: {built.lookup}" if built.lookup == "compiled" else f"lookup: Python form only: {built.lookup}"
+    )
     for dtype, us in lut.expected_us.items():
-        click.echo(f"expected time of a model call, weighted by traffic, with {dtype} activations: {us / 1e3:.3f} ms")
+        click.echo(
+            f"expected time of a model call, weighted by traffic, with {dtype} activations: {us / 1e3:.3f} ms"
+        )
     return 0
 
 
@@ -93,7 +106,9 @@ def _print_summary(lut: Lut) -> None:
     for group in lut.groups:
         used = Counter(lut.rules[i].candidate for cells in group.cells.values() for i in cells if i >= 0)
         default = pool.operator(group.op).default
-        chosen = ", ".join(f"{id} {n}" for id, n in sorted(used.items(), key=lambda item: (item[0] != default, -item[1])))
+        chosen = ", ".join(
+            f"{id} {n}" for id, n in sorted(used.items(), key=lambda item: (item[0] != default, -item[1]))
+        )
         traits = " ".join(f"{k}={v}" for k, v in group.traits)
         statics = " ".join(f"{k}={v}" for k, v in group.statics)
         table.add_row(group.op, group.form, traits, statics, chosen)
@@ -126,7 +141,9 @@ def check(out: Path) -> int:
         if not problems:
             click.echo(f"{folder}: whole, fits this machine, lookup {manifest.lookup}")
     if bad:
-        raise BadInput(f"{out}: found {bad} package(s) that can't serve here, expected none; measure and build again")
+        raise BadInput(
+            f"{out}: found {bad} package(s) that can't serve here, expected none; measure and build again"
+        )
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,7 +38,9 @@ class Policy:
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
         if self.objective not in OBJECTIVES:
-            raise BadInput(f"objective: found {self.objective!r}, expected one of {', '.join(OBJECTIVES)} or a file")
+            raise BadInput(
+                f"objective: found {self.objective!r}, expected one of {', '.join(OBJECTIVES)} or a file"
+            )
         for name, low, high in (("max_error", 0.0, 1.0), ("overhead_ns", 0.0, 1e9), ("tie", 0.0, 0.5)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
@@ -56,7 +59,7 @@ def load_policy(objective: str, max_error: float | None) -> Policy:
     Raises:
         BadInput: no such file, unknown keys, or values out of range.
     """
-    overrides = {} if max_error is None else {"max_error": max_error}
+    overrides: dict[str, Any] = {} if max_error is None else {"max_error": max_error}
     if objective in OBJECTIVES:
         return Policy(objective=objective, **overrides)
     path = Path(objective)

@@ -217,7 +217,7 @@ def _default_rule(
     return _rule(problem, form, row, own, reason, runner_up, row)
 
 
-def _rule(  # noqa: PLR0913 - the parts of one rule
+def _rule(
     problem: Problem,
     form: str,
     row: Measurement,

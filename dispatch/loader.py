@@ -147,10 +147,10 @@ def load(package: str, folder: str) -> Runtime:
     }
     for id, why in dead_ids.items():
         warnings.warn(f"{package}: entries of {id} are switched off: {why}", RuntimeWarning, stacklevel=3)
-    return Runtime(package, table, dead=dead, find=_compiled_find(package, path, manifest), evidence=path / "lut.json")
+    return Runtime(package, table, dead=dead, find=_compiled_find(package, manifest), evidence=path / "lut.json")
 
 
-def _compiled_find(package: str, folder: Path, manifest: Manifest) -> Find | None:
+def _compiled_find(package: str, manifest: Manifest) -> Find | None:
     """The compiled lookup, where one was built for this very table and loads here."""
     if manifest.lookup != "compiled":
         return None
@@ -159,7 +159,7 @@ def _compiled_find(package: str, folder: Path, manifest: Manifest) -> Find | Non
     except ImportError as error:
         warnings.warn(f"{package}: the Python lookup serves: {error}", RuntimeWarning, stacklevel=4)
         return None
-    if module.GENERATION != manifest.generation:
+    if manifest.generation != module.GENERATION:
         warnings.warn(
             f"{package}: the Python lookup serves: the compiled one is of generation {module.GENERATION}, "
             f"expected {manifest.generation}",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dks.dispatch import command_line, pool
@@ -30,9 +30,7 @@ class Duration(click.ParamType[float]):
 
     name = "duration"
 
-    def convert(
-        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
         match = _DURATION.match(value)
@@ -55,12 +53,14 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("-o", "--output", "folder", type=click.Path(path_type=Path), help="Run directory [runs/CONFIG's name].")
+@click.option(
+    "-o", "--output", "folder", type=click.Path(path_type=Path), help="Run directory [runs/CONFIG's name]."
+)
 @click.option("--device", help="cpu or cuda:0; overrides the config.")
 @click.option("--ops", help="Only these operators, separated by commas.")
 @click.option("--budget", type=Duration(), help="Stop after this time, e.g. 5m; what is unfinished is listed.")
 @click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
-def run(  # noqa: PLR0913 - the contract's flags
+def run(
     config: Path, folder: Path | None, device: str | None, ops: str | None, budget: float | None, fresh: bool
 ) -> int:
     """Measure the problems of CONFIG. A second run measures only what is missing.
@@ -92,7 +92,7 @@ def run(  # noqa: PLR0913 - the contract's flags
 
 
 @contextmanager
-def _progress() -> Iterator[object]:
+def _progress() -> Iterator[Callable[[Event], None]]:
     """A bar with an ETA on a terminal, one plain line a problem elsewhere."""
     console = Console()
     if not console.is_terminal:
@@ -105,7 +105,9 @@ def _progress() -> Iterator[object]:
                 return
             spent = time.monotonic() - start
             left = (event.total - event.done) * spent / measured[0]
-            click.echo(f"[{event.done}/{event.total}] {event.task.problem.id}  {_headline(event.rows)}  ~{left:.0f} s left")
+            click.echo(
+                f"[{event.done}/{event.total}] {event.task.problem.id}  {_headline(event.rows)}  ~{left:.0f} s left"
+            )
 
         yield line
         return

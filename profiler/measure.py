@@ -58,9 +58,7 @@ class Bench:
         self._bound: dict[Candidate, list[Run]] = {}
         self._outlier_errors: dict[Candidate, float] = {}
 
-    def measure(
-        self, problem: Problem, candidates: Sequence[Candidate], weight: float
-    ) -> list[Measurement]:
+    def measure(self, problem: Problem, candidates: Sequence[Candidate], weight: float) -> list[Measurement]:
         """One row a candidate, in their order; the framework's own kernel must be among them.
 
         Nothing a kernel raises escapes: it becomes the status of its row.
@@ -107,9 +105,7 @@ class Bench:
         self._weights = [inputs.static] + [_clone(inputs.static) for _ in range(copies - 1)]
         self._bound, self._outlier_errors = {}, {}
 
-    def _check(
-        self, problem: Problem, candidate: Candidate, inputs: Inputs, reference: torch.Tensor
-    ) -> Checked:
+    def _check(self, problem: Problem, candidate: Candidate, inputs: Inputs, reference: torch.Tensor) -> Checked:
         found = Checked()
         kernel = pool.kernels()[candidate.kernel]
         if (why := kernel.unavailable()) is not None:
@@ -145,8 +141,7 @@ class Bench:
         if known is None:
             operator = pool.operator(problem.op)
             sizes = {
-                name: min(size, OUTLIER_ROWS) if name in operator.dynamic else size
-                for name, size in problem.dims
+                name: min(size, OUTLIER_ROWS) if name in operator.dynamic else size for name, size in problem.dims
             }
             small = Problem.of(problem.op, dict(problem.traits), sizes, problem.align)
             inputs = Inputs(self._weights[0], self._inputs(small, "outliers").dynamic)
@@ -154,7 +149,7 @@ class Bench:
             self._outlier_errors[candidate] = known
         return known
 
-    def _row(  # noqa: PLR0913 - one row has these parts
+    def _row(
         self,
         problem: Problem,
         candidate: Candidate,

@@ -200,7 +200,5 @@ def _claim(folder: Path, sweep: Sweep, environment: Environment) -> None:
 
 def _forget(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.suffix == ".parquet" or path.name == RUN_FILE:
-            path.unlink()
-        elif path.name.startswith("_partial-"):
+        if path.suffix == ".parquet" or path.name == RUN_FILE or path.name.startswith("_partial-"):
             path.unlink()

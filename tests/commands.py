@@ -7,7 +7,6 @@ import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
 from unittest.mock import patch
 
 
@@ -20,7 +19,7 @@ class Done:
     stderr: str
 
 
-def run(main: Callable[[], NoReturn | None], *words: object) -> Done:
+def run(main: Callable[[], None], *words: object) -> Done:
     """Call ``main`` with these words as its command line."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (

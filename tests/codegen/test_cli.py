@@ -55,7 +55,9 @@ def test_build_check_explain(folder: Path, tmp_path: Path) -> None:
 
 def test_check_names_what_does_not_fit(foreign: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert command("build", foreign, "-o", out, "--name", "small_table", "--device", ENVIRONMENT.arch).returncode == 0
+    assert (
+        command("build", foreign, "-o", out, "--name", "small_table", "--device", ENVIRONMENT.arch).returncode == 0
+    )
     done = command("check", out)
     assert done.returncode == 2 and "arch: TestVendor 1 2 3 != " in done.stderr
     assert "refused" in command("explain", out, "linear", "m=1", "n=64", "k=32").stdout

@@ -138,9 +138,7 @@ def extension(package: Path) -> ModuleType:
 
 @needs_compiler
 def test_three_forms_agree(table: Table, package: Path, extension: ModuleType) -> None:
-    program = build(
-        package, HARNESS.read_text(), "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"
-    )
+    program = build(package, HARNESS.read_text(), "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
     queries = np.concatenate([boundary_queries(table), random_queries(table, 1_000_000)])
     done = subprocess.run([program], input=queries.tobytes(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
@@ -238,9 +236,7 @@ def test_hostile_text_keeps_its_bytes_and_its_place(tmp_path: Path) -> None:
     assert output == b"".join(text.encode("utf-8", "surrogatepass") + b"\0" for text in HOSTILE)
 
 
-@pytest.mark.parametrize(
-    "name", ["", "1a", "a-b", "class", "std", "dks", "linux", "_a", "a\n", "a b", "ü", "a."]
-)
+@pytest.mark.parametrize("name", ["", "1a", "a-b", "class", "std", "dks", "linux", "_a", "a\n", "a b", "ü", "a."])
 def test_name_that_is_no_namespace(name: str) -> None:
     with pytest.raises(ValueError, match="name: found"):
         render_header(name, Table((), ()), LOOKUP)

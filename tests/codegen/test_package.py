@@ -129,7 +129,23 @@ def test_a_failed_write_leaves_the_old_package(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "name", ["", "1st", "a-b", "class", "match", "namespace", "torch", "abc", "std", "__x", "ä", "a" * 65, "../up", "a b"]
+    "name",
+    [
+        "",
+        "1st",
+        "a-b",
+        "class",
+        "match",
+        "namespace",
+        "torch",
+        "abc",
+        "std",
+        "__x",
+        "ä",
+        "a" * 65,
+        "../up",
+        "a b",
+    ],
 )
 def test_names_that_no_language_takes_are_refused(name: str) -> None:
     with pytest.raises(BadInput, match="name: found"):
@@ -188,7 +204,7 @@ def test_strict_makes_a_refusal_an_error(importable: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("file", ["_table.py", "table.hpp", "lut.json", "manifest.json"])
 def test_a_changed_file_is_refused_before_it_runs(importable: Path, file: str) -> None:
     rows = here(made_rows())
-    name = "pack_changed_" + file.split(".")[0]
+    name = "pack_changed_" + file.split(".", maxsplit=1)[0]
     folder = build(select(rows, Policy()), rows, importable, name).folder
     (folder / file).write_text("raise SystemExit('it ran')\n")
     with pytest.warns(RuntimeWarning, match=file.replace(".", r"\.")):

@@ -57,7 +57,11 @@ def test_tied_challengers_go_to_the_simplest() -> None:
 
 
 def test_the_budget_decides_who_may_win() -> None:
-    rows = [row("torch.linear", 100), row("mkldnn.linear_packed_bf16", 20, error=3e-3), row("torch.addmm", 60)]
+    rows = [
+        row("torch.linear", 100),
+        row("mkldnn.linear_packed_bf16", 20, error=3e-3),
+        row("torch.addmm", 60),
+    ]
     assert choose(PROBLEM, "prepared", rows, EXACT).candidate == "torch.addmm"
     assert choose(PROBLEM, "prepared", rows, WIDE).candidate == "mkldnn.linear_packed_bf16"
     nobody = dataclasses.replace(EXACT, max_error=1e-9)

@@ -48,9 +48,7 @@ def refused(op: str = "linear", traits: object = None, dims: object = None, alig
 
 
 @given(NAMES, TRAITS, DIMS, ALIGNMENTS)
-def test_a_problem_s_id_parses_back(
-    op: str, traits: dict[str, str], dims: dict[str, int], align: int
-) -> None:
+def test_a_problem_s_id_parses_back(op: str, traits: dict[str, str], dims: dict[str, int], align: int) -> None:
     problem = Problem.of(op, traits, dims, align)
     assert Problem.parse(problem.id) == problem
     assert "/" not in problem.slug

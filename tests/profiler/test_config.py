@@ -91,9 +91,7 @@ def test_minilm_counts_the_calls_of_one_pass() -> None:
         for op, part in parts.items()
     }
     # Attention is listed with and without a mask: a pass takes one of the two.
-    assert calls == {
-        op: pytest.approx(n) for op, n in (("linear", 36), ("layer_norm", 13), ("attention", 12))
-    }
+    assert calls == {op: pytest.approx(n) for op, n in (("linear", 36), ("layer_norm", 13), ("attention", 12))}
 
 
 def test_llama_bins_follow_the_recorded_traffic() -> None:
@@ -142,9 +140,7 @@ def test_a_trait_is_a_value_or_a_list_and_booleans_are_yes_and_no(
         ("['torch.addm?', torch.addmm]", ["torch.linear", "torch.addmm"]),
     ],
 )
-def test_patterns_keep_candidates_and_never_lose_the_default(
-    folder: Path, patterns: str, kept: list[str]
-) -> None:
+def test_patterns_keep_candidates_and_never_lose_the_default(folder: Path, patterns: str, kept: list[str]) -> None:
     sweep = load(write(good(('["*"]', patterns))))
     assert [candidate.id for candidate in sweep.operators[0].candidates] == kept
 

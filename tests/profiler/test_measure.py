@@ -103,7 +103,9 @@ def test_unavailable_says_why(fault: Callable[..., str]) -> None:
 
 
 def test_a_time_of_zero_is_no_time() -> None:
-    frozen = Bench(Environment.current(), Rounds(StoppingRule(6, 6, 1.0), random.Random(0), clock=lambda: 5), seed=0)
+    frozen = Bench(
+        Environment.current(), Rounds(StoppingRule(6, 6, 1.0), random.Random(0), clock=lambda: 5), seed=0
+    )
     (row,) = frozen.measure(PROBLEM, [Candidate("torch.linear")], 1.0)
     assert row.status == "failed" and "clock" in row.reason and row.median_ns is None
 

@@ -93,9 +93,7 @@ def test_an_alignment_is_lowered_to_the_strides_and_raised_to_the_element(
     assert all(each.weight == 1.0 for each in found)
 
 
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=5, unique=True), st.integers(1, 64), st.integers(1, 64)
-)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5, unique=True), st.integers(1, 64), st.integers(1, 64))
 def test_problems_are_unique_and_within_the_size_told_before(edges: list[int], n: int, k: int) -> None:
     plan = linear(Entry({"n": n, "k": k}, TRAITS, 1), edges=tuple(sorted(edges)), alignments=(64, 8, 4))
     found = ids(plan)

@@ -1,0 +1,71 @@
+"""What the tests of several folders share: tables made by hand that send calls where a test wants them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import pytest
+import torch
+
+from dks.dispatch import pool
+from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.runtime import Runtime
+from dks.dispatch.table import Group, Rule, Table
+
+EDGES: Mapping[str, tuple[tuple[int, ...], ...]] = {
+    "linear": ((1, 8, 64),),
+    "layer_norm": ((1, 8, 64),),
+    "attention": ((1, 4), (1, 16, 64), (1, 16, 64)),
+}
+
+Route = Callable[..., Runtime]
+
+
+def groups_for(op: str, candidate: Candidate, statics: Mapping[str, int], rule: int) -> list[Group]:
+    """Groups of every trait and form that ``candidate`` takes at these static dims; all cells are ``rule``."""
+    operator, kernel = pool.operator(op), pool.kernels()[candidate.kernel]
+    edges = EDGES[op]
+    cells = (rule,) * len(list(itertools.product(*edges)))
+    groups = []
+    for values in itertools.product(*operator.traits.values()):
+        traits = dict(zip(operator.traits, values, strict=True))
+        dims = {name: statics.get(name, 1) for name in operator.dims}
+        if kernel.objection(Problem.of(op, traits, dims)) is not None:
+            continue
+        align = kernel.alignment_for(traits["dtype"])
+        forms = ("direct",) if op == "attention" else ("prepared",) if kernel.form else ("prepared", "direct")
+        groups += [
+            Group(op, form, tuple(sorted(traits.items())), tuple(statics.items()), edges, {align: cells})
+            for form in forms
+        ]
+    return groups
+
+
+@pytest.fixture
+def route() -> Route:
+    """route(op, (candidate id, ...), (statics, ...)) -> a Runtime that sends all such calls to the candidates.
+
+    Each candidate gets the groups that those before it left.
+    """
+
+    def make(
+        op: str, candidates: Sequence[str], shapes: Sequence[Mapping[str, int]], **options: object
+    ) -> Runtime:
+        rules, groups = [], {}
+        for text in candidates:
+            candidate = Candidate.parse(text)
+            kernel = pool.kernels()[candidate.kernel]
+            rules.append(Rule(text, min(kernel.alignment_for(dtype) for dtype in kernel.precision)))
+            for statics in shapes:
+                for group in groups_for(op, candidate, statics, len(rules) - 1):
+                    groups.setdefault(group.key, group)
+        return Runtime("t", Table(tuple(rules), tuple(groups.values())), **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
