@@ -78,6 +78,20 @@ def ratio_of_means(peer: Sequence[float], ours: Sequence[float]) -> Interval:
     return Interval(ratio, ratio - half, ratio + half, n)
 
 
+def geomean_ratio(peer: Sequence[float], ours: Sequence[float]) -> Interval:
+    """Geometric mean of peer[i] / ours[i] with a normal interval on the logarithms: every pair counts alike,
+    however long it took."""
+    logs = [math.log(p / o) for p, o in zip(peer, ours, strict=False)]
+    n = len(logs)
+    if n == 0:
+        return NOTHING
+    middle = math.fsum(logs) / n
+    if n < 6:
+        return Interval(math.exp(middle), -math.inf, math.inf, n)
+    half = 1.959964 * math.sqrt(sum((x - middle) ** 2 for x in logs) / (n - 1) / n)
+    return Interval(math.exp(middle), math.exp(middle - half), math.exp(middle + half), n)
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     """exp(mean(log)); NaN for no values."""
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan

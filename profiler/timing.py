@@ -18,6 +18,9 @@ Clock = Callable[[], int]
 """Monotonic nanoseconds."""
 
 
+LOOK = 5
+"""Intervals are looked at every so many rounds: each costs a sort."""
+
 Level = tuple[int, int]
 """What a candidate asks of its caller: precision class (0 is exact) and whether its weight must be packed."""
 
@@ -35,9 +38,11 @@ class StoppingRule:
         min_rounds: rounds before the answer can be trusted at all; six give a median an interval.
         max_rounds: rounds at most.
         seconds: time for the rounds of one problem; min_rounds are finished even so.
-        precision: enough is known once every contender's ratio interval is narrower than +- this share.
-        trailing: a candidate whose fastest sample is slower than this many times the median of one that
-            could serve in its stead gets no more samples, from the third round on.
+        precision: enough is known once every contender's ratio interval is narrower than +- this share,
+            and two candidates closer than it are not told apart.
+        trailing: a candidate gets no more samples once its interval lies wholly behind one that could serve
+            in its stead; after three rounds, which have no interval, if its fastest sample is this many
+            times slower than that one's median.
     """
 
     min_rounds: int = 10
@@ -49,19 +54,25 @@ class StoppingRule:
     def contenders(
         self, samples: Mapping[str, Sequence[int]], default: str, levels: Mapping[str, Level]
     ) -> list[str]:
-        """The candidates that the next round measures, in the order of ``samples``."""
-        if any(len(times) < 3 for times in samples.values()):
-            return list(samples)
-        medians = {name: median(times) for name, times in samples.items()}
-        longest = max(len(times) for times in samples.values())
+        """The candidates that the next round measures, in the order of ``samples``; the default always."""
+        rounds = len(samples[default])
+        active = [name for name, times in samples.items() if len(times) == rounds]
+        if rounds != 3 and (rounds == 0 or rounds % LOOK):
+            return active
+        return [n for n in active if n == default or not self._hopeless(n, active, samples, levels)]
 
-        def still_in(name: str) -> bool:
-            # Only what could serve in its stead makes a candidate hopeless: a faster int8 kernel says
-            # nothing where the budget asks for float32, nor a packed one where nothing is prepared.
-            rivals = (medians[other] for other in samples if covers(levels[other], levels[name]))
-            return len(samples[name]) == longest and min(samples[name]) <= self.trailing * min(rivals)
-
-        return [name for name in samples if name == default or still_in(name)]
+    def _hopeless(
+        self, name: str, active: Sequence[str], samples: Mapping[str, Sequence[int]], levels: Mapping[str, Level]
+    ) -> bool:
+        # Only what could serve in its stead makes a candidate hopeless: a faster int8 kernel says nothing
+        # where the budget asks for float32, nor a packed one where nothing is prepared.
+        rivals = [other for other in active if other != name and covers(levels[other], levels[name])]
+        if not rivals:
+            return False
+        best = min(rivals, key=lambda other: median(samples[other]))
+        if min(samples[name]) > self.trailing * median(samples[best]):
+            return True
+        return paired_ratio(samples[best], samples[name]).high < 1.0 - self.precision
 
     def done(
         self,
@@ -76,7 +87,7 @@ class StoppingRule:
             return False
         if rounds >= self.max_rounds or elapsed_s >= self.seconds:
             return True
-        if rounds % 5:  # intervals cost a sort each; look now and then
+        if rounds % LOOK:
             return False
         contenders = self.contenders(samples, default, levels)
         ratios = [paired_ratio(samples[default], samples[name]) for name in contenders if name != default]

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from dks.dispatch.intervals import (
+    geomean_ratio,
     geometric_mean,
     median_interval,
     median_rank,
@@ -58,6 +59,17 @@ def test_the_ratio_of_means_covers_the_truth() -> None:
         interval = ratio_of_means(peer, ours)
         inside += interval.low <= 1.25 <= interval.high
     assert inside / 1000 >= 0.92
+
+
+def test_the_geometric_mean_of_pairs_covers_the_truth() -> None:
+    rng = random.Random(6)
+    inside = 0
+    for _ in range(1000):
+        ours = [rng.lognormvariate(0, 1) for _ in range(40)]
+        interval = geomean_ratio([1.25 * o * rng.lognormvariate(0, 0.2) for o in ours], ours)
+        inside += interval.low <= 1.25 <= interval.high
+    assert inside / 1000 >= 0.92
+    assert math.isinf(geomean_ratio([1.0] * 5, [1.0] * 5).high)
 
 
 def test_geometric_mean() -> None:

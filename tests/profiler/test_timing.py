@@ -87,6 +87,20 @@ def test_a_trailing_candidate_stops_after_three_rounds_and_the_default_never() -
     assert {name: len(times) for name, times in samples.items()} == {"default": 10, "good": 10, "bad": 3}
 
 
+def test_a_candidate_whose_interval_is_wholly_behind_stops_and_the_survivors_get_the_samples() -> None:
+    noise = random.Random(1)
+    times = {"default": 1000, "good": 800, "close": 805, "behind": 900}
+    samples = run(
+        FakeMachine(),
+        {name: (lambda ns=ns: ns * noise.lognormvariate(0, 0.05)) for name, ns in times.items()},
+        StoppingRule(10, 100, 9, precision=0.01),
+        dict.fromkeys(times, EXACT),
+    )
+    rounds = {name: len(ns) for name, ns in samples.items()}
+    assert rounds["behind"] < rounds["default"] == rounds["good"]
+    assert rounds["close"] == rounds["good"], "what can't be told apart stays in"
+
+
 def test_a_less_precise_or_more_demanding_rival_drops_nobody() -> None:
     samples = run(
         FakeMachine(),

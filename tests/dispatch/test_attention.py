@@ -1,0 +1,351 @@
+"""``attention`` as served: ``F.scaled_dot_product_attention`` itself, and inside transformers models."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dks.dispatch import pool
+
+H, D = 4, 8
+CAST, MATMUL, SDPA = "torch.sdpa_cast", "torch.matmul_attention", "torch.sdpa"
+SHAPES = [{"h": H, "hkv": H, "d": D}, {"h": H, "hkv": 2, "d": D}]
+
+
+def heads(b: int, s: int, h: int = H, d: int = D, layout: str = "bshd", dtype: torch.dtype = torch.float32) -> Any:
+    if layout == "bhsd":
+        return torch.randn(b, h, s, d).to(dtype)
+    return torch.randn(b, s, h, d).to(dtype).transpose(1, 2)
+
+
+def qkv(b: int = 2, q: int = 5, kv: int | None = None, hkv: int = H, **options: Any) -> tuple[Any, ...]:
+    kv = q if kv is None else kv
+    return heads(b, q, **options), heads(b, kv, hkv, **options), heads(b, kv, hkv, **options)
+
+
+def keys_hidden(b: int = 2, q: int = 5, kv: int = 5) -> torch.Tensor:
+    mask = torch.ones(b, 1, q, kv, dtype=torch.bool)
+    mask[0, ..., kv // 2 :] = False
+    return mask
+
+
+Case = tuple[tuple[Any, ...], dict[str, Any]]
+CASES: dict[str, Callable[[], Case]] = {
+    "plain": lambda: (qkv(), {}),
+    "bhsd": lambda: (qkv(layout="bhsd"), {}),
+    "one query": lambda: (qkv(q=1, kv=7), {}),
+    "scaled": lambda: (qkv(), {"scale": 0.5}),
+    "scale 0": lambda: (qkv(), {"scale": 0.0}),
+    "causal": lambda: (qkv(), {"is_causal": True}),
+    "causal, more keys": lambda: (qkv(q=3, kv=7), {"is_causal": True}),
+    "bool mask": lambda: (qkv(), {"attn_mask": keys_hidden()}),
+    "a row without keys": lambda: (qkv(), {"attn_mask": torch.tensor([True] * 4 + [False]).view(5, 1).expand(5, 5)}),
+    "float mask": lambda: (qkv(), {"attn_mask": torch.randn(5, 5)}),
+    "mask of a head": lambda: (qkv(), {"attn_mask": torch.randn(2, H, 5, 5)}),
+    "mask 1-d": lambda: (qkv(), {"attn_mask": torch.randn(5)}),
+    "mask wants gradients": lambda: (qkv(), {"attn_mask": torch.randn(5, 5, requires_grad=True)}),
+    "wrong mask": lambda: (qkv(), {"attn_mask": torch.randn(4, 4)}),
+    "mask of int": lambda: (qkv(), {"attn_mask": torch.ones(5, 5, dtype=torch.int64)}),
+    "mask of float64": lambda: (qkv(), {"attn_mask": torch.randn(5, 5, dtype=torch.float64)}),
+    "mask is a list": lambda: (qkv(), {"attn_mask": [1]}),
+    "mask and causal": lambda: (qkv(), {"attn_mask": keys_hidden(), "is_causal": True}),
+    "meta mask": lambda: (qkv(), {"attn_mask": keys_hidden().to("meta")}),
+    "grouped": lambda: (qkv(hkv=2), {"enable_gqa": True}),
+    "grouped and masked": lambda: (qkv(hkv=2), {"enable_gqa": True, "attn_mask": keys_hidden()}),
+    "grouped, not said": lambda: (qkv(hkv=2), {}),
+    "grouped in three": lambda: (qkv(hkv=3), {"enable_gqa": True}),
+    "one key head, not said": lambda: (qkv(hkv=1), {}),
+    "bf16": lambda: (qkv(dtype=torch.bfloat16), {}),
+    "bf16, float mask": lambda: (qkv(dtype=torch.bfloat16), {"attn_mask": torch.randn(5, 5).bfloat16()}),
+    "float16": lambda: (qkv(dtype=torch.float16), {}),
+    "float64": lambda: (qkv(dtype=torch.float64), {}),
+    "mixed": lambda: ((heads(2, 5), heads(2, 5, dtype=torch.bfloat16), heads(2, 5)), {}),
+    "other layouts": lambda: ((heads(2, 5), heads(2, 5, layout="bhsd"), heads(2, 5)), {}),
+    "3-d": lambda: (tuple(torch.randn(3, 5, D) for _ in range(3)), {}),
+    "2-d": lambda: (tuple(torch.randn(5, D) for _ in range(3)), {}),
+    "other value size": lambda: ((heads(2, 5), heads(2, 5), heads(2, 5, d=16)), {}),
+    "wrong key size": lambda: ((heads(2, 5), heads(2, 5, d=16), heads(2, 5)), {}),
+    "wrong batch": lambda: ((heads(2, 5), heads(3, 5), heads(3, 5)), {}),
+    "broadcast batch": lambda: ((heads(2, 5), heads(1, 5), heads(1, 5)), {}),
+    "expanded batch": lambda: ((heads(2, 5), heads(1, 5).expand(2, H, 5, D), heads(1, 5).expand(2, H, 5, D)), {}),
+    "no queries": lambda: ((heads(2, 0), heads(2, 5), heads(2, 5)), {}),
+    "no keys": lambda: ((heads(2, 5), heads(2, 0), heads(2, 0)), {}),
+    "strided d": lambda: ((torch.randn(2, H, D, 5).transpose(2, 3),) * 3, {}),
+    "meta": lambda: (tuple(t.to("meta") for t in qkv()), {}),
+    "None": lambda: ((heads(2, 5), None, heads(2, 5)), {}),
+    "wants gradients": lambda: ((heads(2, 5).requires_grad_(), heads(2, 5), heads(2, 5)), {}),
+    "negative dropout": lambda: (qkv(), {"dropout_p": -0.5}),
+    "unknown heads": lambda: (tuple(heads(2, 5, h=3) for _ in range(3)), {}),
+    "past the bins": lambda: (qkv(b=1, q=300), {}),
+}  # fmt: skip
+
+
+def outcome(call: Callable[[], torch.Tensor]) -> Any:
+    try:
+        return call()
+    except Exception as error:
+        return type(error)
+
+
+def assert_same(found: Any, wanted: Any, tolerance: float = 3e-2) -> None:
+    if isinstance(wanted, type):
+        assert found is wanted, f"found {found}, expected {wanted}"
+        return
+    assert isinstance(found, torch.Tensor), f"found {found}, expected a result"
+    assert (found.dtype, found.shape, found.device) == (wanted.dtype, wanted.shape, wanted.device)
+    assert found.requires_grad == wanted.requires_grad
+    if wanted.device.type == "cpu":
+        assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def counts(runtime: Any) -> dict[str, int]:
+    ops = runtime.stats()["ops"].get("attention", {"hits": {}, "fallbacks": {}})
+    return {**ops["hits"], **ops["fallbacks"]}
+
+
+@pytest.fixture(params=[(MATMUL, CAST), (CAST,), (SDPA,)], ids=["matmul", "cast", "sdpa"])
+def runtime(route: Any, request: Any) -> Any:
+    return route("attention", request.param, SHAPES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_call_is_the_frameworks(runtime: Any, case: str) -> None:
+    args, options = CASES[case]()
+    wanted = outcome(lambda: F.scaled_dot_product_attention(*args, **options))
+    assert_same(outcome(lambda: runtime.server("attention").call(*args, **options)), wanted)
+    if not isinstance(wanted, type):
+        assert sum(counts(runtime).values()) == 1, "each call that returned is counted once"
+
+
+def test_every_candidate_in_turn(route: Any) -> None:
+    for candidate in pool.candidates_for("attention"):
+        for dtype in (torch.float32, torch.bfloat16):
+            runtime = route("attention", (candidate.id,), SHAPES)
+            args = qkv(dtype=dtype)
+            copies = [t.clone() for t in args]
+            y = runtime.server("attention").call(*args)
+            assert_same(y, F.scaled_dot_product_attention(*args))
+            assert counts(runtime) == {"bin": 1}
+            assert all(torch.equal(t, c) for t, c in zip(args, copies, strict=True))
+
+
+def test_dropout_is_the_frameworks(runtime: Any) -> None:
+    args = qkv()
+    torch.manual_seed(1)
+    wanted = F.scaled_dot_product_attention(*args, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(runtime.server("attention").call(*args, dropout_p=0.5), wanted)
+    assert counts(runtime) == {"dropout": 1}
+
+
+def test_derivatives_transforms_and_modes(runtime: Any) -> None:
+    call = runtime.server("attention").call
+    args = [t.detach().clone().requires_grad_() for t in qkv()]
+    results = []
+    for f in (call, F.scaled_dot_product_attention):
+        first = torch.autograd.grad(f(*args).pow(2).sum(), args, create_graph=False)
+        results.append(first)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+    plain = [t.detach() for t in args]
+    assert torch.allclose(torch.vmap(call)(*(torch.stack((t, t)) for t in plain))[0], call(*plain), atol=3e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert call(*plain).dtype == F.scaled_dot_product_attention(*plain).dtype
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(*plain), F.scaled_dot_product_attention(*plain), atol=1e-5)
+    assert {"gradient", "transformed", "autocast", "compiling"} <= set(counts(runtime))
+
+
+def test_offset_views_keep_their_alignment_class(route: Any) -> None:
+    runtime = route("attention", (CAST,), SHAPES)
+    group = runtime.table.groups[0]
+    assert min(group.cells) == 4
+    buffer = torch.randn(2 * 5 * H * D + 1)
+    q = buffer[1:].view(2, 5, H, D).transpose(1, 2)
+    assert_same(runtime.server("attention").call(q, q, q), F.scaled_dot_product_attention(q, q, q))
+    assert counts(runtime) == {"bin": 1}
+
+
+# -- inside transformers -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    found = pytest.importorskip("transformers")
+    found.logging.set_verbosity_error()
+    return found
+
+
+def small(**options: Any) -> dict[str, Any]:
+    shape = {"hidden_size": H * D, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": H}
+    return shape | {"vocab_size": 60, "max_position_embeddings": 64} | options
+
+
+def bert(transformers: Any, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**small(attn_implementation="sdpa", **options))
+    return transformers.BertModel(config).eval()
+
+
+def llama(transformers: Any, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**small(attn_implementation="sdpa", **options))
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tokens(b: int = 3, s: int = 9) -> torch.Tensor:
+    return torch.randint(0, 60, (b, s), generator=torch.Generator().manual_seed(4))
+
+
+def padding(b: int = 3, s: int = 9, left: bool = False) -> torch.Tensor:
+    mask = torch.ones(b, s, dtype=torch.int64)
+    mask[1, : s // 2] = 0
+    mask[2, :1] = 0
+    return mask if left else mask.flip(1)
+
+
+@pytest.fixture(params=[(CAST,), (MATMUL, CAST)], ids=["cast", "matmul"])
+def dispatching(route: Any, request: Any) -> Any:
+    return route("attention", request.param, SHAPES)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_bert(transformers: Any, dispatching: Any, masked: bool) -> None:
+    model = bert(transformers)
+    mask = padding() if masked else None
+    wanted = model(tokens(), attention_mask=mask).last_hidden_state
+    ours = copy.deepcopy(model)
+    report = dispatching.optimize(ours)
+    assert report.swapped == 1 and "registered as 'dks_t'" in str(report)
+    found = ours(tokens(), attention_mask=mask).last_hidden_state
+    seen = wanted if mask is None else wanted[mask.bool()]
+    assert_same(found if mask is None else found[mask.bool()], seen)
+    assert counts(dispatching) == {"bin": 2}
+    assert model.config._attn_implementation == "sdpa", "the original keeps its own"
+    assert dispatching.optimize(ours).swaps == (), "a second time changes nothing"
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_llama_generates_the_same_tokens(transformers: Any, route: Any, groups: int, masked: bool) -> None:
+    """Exact kernels only: a cast could turn a tie between two tokens."""
+    model = llama(transformers, num_key_value_heads=H // groups)
+    mask = padding(left=True) if masked else None
+    runtime = route("attention", (MATMUL, SDPA), SHAPES)
+    ours = copy.deepcopy(model)
+    assert runtime.optimize(ours).swapped == 1
+    for cached in (True, False):
+        options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6, "use_cache": cached}
+        wanted, found = (m.generate(tokens(), pad_token_id=0, **options) for m in (model, ours))
+        assert torch.equal(found, wanted)
+    logits = [m(tokens(), attention_mask=mask).logits for m in (model, ours)]
+    seen = slice(None) if mask is None else mask.bool()
+    assert torch.allclose(logits[0][seen], logits[1][seen], atol=1e-4)
+    assert counts(runtime).get("bin", 0) + counts(runtime).get("exact", 0) > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_llama_is_close_with_a_cast(transformers: Any, route: Any, masked: bool) -> None:
+    model = llama(transformers, num_key_value_heads=2)
+    mask = padding(left=True) if masked else None
+    ours = copy.deepcopy(model)
+    route("attention", (CAST,), SHAPES).optimize(ours)
+    wanted, found = (m.model(tokens(), attention_mask=mask).last_hidden_state for m in (model, ours))
+    seen = slice(None) if mask is None else mask.bool()
+    assert_same(found[seen], wanted[seen], 6e-2)
+
+
+def test_training_and_static_caches_and_compiling_keep_working(transformers: Any, dispatching: Any) -> None:
+    model = llama(transformers)
+    ours = copy.deepcopy(model)
+    dispatching.optimize(ours)
+    losses = [m.train()(tokens(), labels=tokens()).loss for m in (model, ours)]
+    for loss in losses:
+        loss.backward()
+    assert torch.allclose(*losses, atol=1e-5)
+    assert torch.allclose(model.lm_head.weight.grad, ours.lm_head.weight.grad, atol=1e-5)
+    with torch.no_grad():
+        options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, "cache_implementation": "static"}
+        wanted, found = (m.eval().generate(tokens(), disable_compile=True, **options) for m in (model, ours))
+        assert wanted.shape == found.shape
+        torch._dynamo.reset()
+        compiled = torch.compile(ours.model, backend="aot_eager", fullgraph=True)
+        expected = model.model(tokens(), use_cache=False).last_hidden_state
+        assert torch.allclose(compiled(tokens(), use_cache=False).last_hidden_state, expected, atol=1e-4)
+    assert {"gradient", "compiling"} <= set(counts(dispatching))
+
+
+@torch.no_grad()
+def test_a_model_inside_another_is_found(transformers: Any, dispatching: Any) -> None:
+    wrapped = nn.ModuleDict({"encoder": bert(transformers), "head": nn.Linear(2, 2)})
+    report = dispatching.optimize(wrapped)
+    assert [(s.path, s.done) for s in report.swaps if s.op == "attention"] == [("encoder", True)]
+    wrapped["encoder"](tokens())
+    assert counts(dispatching) == {"bin": 2}
+
+
+def test_what_is_left_alone_says_why(transformers: Any, dispatching: Any, route: Any) -> None:
+    eager = transformers.BertModel(transformers.BertConfig(**small(attn_implementation="eager")))
+    assert "attention is 'eager', expected 'sdpa'" in str(dispatching.optimize(eager))
+    other = transformers.BertModel(
+        transformers.BertConfig(**small(num_attention_heads=2, attn_implementation="sdpa"))
+    )
+    assert "2 heads are not in the table" in str(dispatching.optimize(other))
+    default = route("attention", (SDPA,), SHAPES)
+    assert "own kernel is the choice everywhere" in str(default.optimize(bert(transformers)))
+    assert dispatching.optimize(nn.Linear(2, 2)).swapped == 0
+
+
+@torch.no_grad()
+def test_a_pickle_of_the_model_loads_where_the_package_does(transformers: Any, dispatching: Any) -> None:
+    model = bert(transformers)
+    dispatching.optimize(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert_same(loaded(tokens()).last_hidden_state, model(tokens()).last_hidden_state)
+
+
+@torch.no_grad()
+def test_bert_with_everything_swapped(transformers: Any, route: Any) -> None:
+    """All three operators at once, with the pair of the intermediate layer fused."""
+    from dks.dispatch.runtime import Runtime
+    from dks.dispatch.table import Group, Rule, Table
+
+    parts = [
+        route("attention", (CAST,), SHAPES[:1]).table,
+        route("layer_norm", ("torch.native_layer_norm",), [{"n": H * D}]).table,
+        route("linear", ("mkldnn.linear_packed",), [{"n": n, "k": k} for n, k in ((32, 32), (48, 32), (32, 48))]).table,
+    ]  # fmt: skip
+    rules: list[Rule] = []
+    groups: list[Group] = []
+    for part in parts:
+        shift = len(rules)
+        rules += part.rules
+        for g in part.groups:
+            cells = {align: tuple(c + shift for c in row) for align, row in g.cells.items()}
+            groups.append(Group(g.op, g.form, g.traits, g.statics, g.edges, cells))
+    runtime = Runtime("all", Table(tuple(rules), tuple(groups)))
+    model = bert(transformers)
+    wanted = model(tokens(), attention_mask=padding())
+    keys = list(model.state_dict())
+    report = runtime.optimize(model)
+    assert list(model.state_dict()) == keys
+    # 2 layers of 6 linears, the pooler, 2 layers of 2 norms, the embeddings' norm, the attention.
+    assert report.swapped == 2 * 6 + 1 + 2 * 2 + 1 + 1, str(report)
+    assert sum("gelu" in s.note for s in report.swaps) == 2, str(report)
+    found = model(tokens(), attention_mask=padding())
+    seen = padding().bool()
+    assert_same(found.last_hidden_state[seen], wanted.last_hidden_state[seen])
+    assert_same(found.pooler_output, wanted.pooler_output)
+    ops = runtime.stats()["ops"]
+    assert not any(ops[op]["fallbacks"] for op in ops), str(ops)
+    assert sum(ops["linear"]["hits"].values()) == 13
