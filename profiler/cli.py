@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +19,8 @@ from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, read_run
 from dks.dispatch.problem import Problem
 from dks.profiler.config import load
+from dks.profiler.forms import duration
 from dks.profiler.sweep import Event, run_sweep
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)\Z")
 
 
 class Duration(click.ParamType[float]):
@@ -33,10 +31,10 @@ class Duration(click.ParamType[float]):
     def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
-        match = _DURATION.match(value)
-        if match is None or not float(match[1]):
-            self.fail(f"found {value!r}, expected a positive number and s, m or h, such as 90s or 5m", param, ctx)
-        return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+        try:
+            return duration(value)
+        except ValueError as error:
+            self.fail(f"found {value!r}, {error}", param, ctx)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,7 +56,9 @@ def cli() -> None:
 )
 @click.option("--device", help="cpu or cuda:0; overrides the config.")
 @click.option("--ops", help="Only these operators, separated by commas.")
-@click.option("--budget", type=Duration(), help="Stop after this time, e.g. 5m; what is unfinished is listed.")
+@click.option(
+    "--budget", type=Duration(), help="Stop after this time, e.g. 5m; overrides the config. Lists what is left."
+)
 @click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
 def run(
     config: Path, folder: Path | None, device: str | None, ops: str | None, budget: float | None, fresh: bool
@@ -77,7 +77,9 @@ def run(
     folder = folder or Path("runs") / sweep.name
     started = time.monotonic()
     with _progress() as notify:
-        outcome = run_sweep(sweep, folder, budget_s=budget, fresh=fresh, notify=notify)
+        outcome = run_sweep(
+            sweep, folder, budget_s=budget if budget is not None else sweep.budget, fresh=fresh, notify=notify
+        )
     took = time.monotonic() - started
     click.echo(
         f"{outcome.measured} problems measured, {outcome.reused} reused, {len(outcome.unfinished)} unfinished "

@@ -44,12 +44,14 @@ class Sweep:
 
     Attributes:
         threads: intra-op threads; None is what torch takes by itself.
+        budget: seconds for the whole sweep; None is no limit.
         source: the config's file.
     """
 
     name: str
     device: str
     threads: int | None
+    budget: float | None
     operators: tuple[OperatorSweep, ...]
     measure: Measure
     source: Path
@@ -91,7 +93,7 @@ def load(path: str | Path) -> Sweep:
         document.fault(("operators",), f"found {size} problems, expected at most {MAX_PROBLEMS}; {step}")
     document.check()
     operators = tuple(_enumerate(plan, candidates) for plan, candidates in plans)
-    return Sweep(form.name, form.device, form.threads, operators, form.measure, document.path)
+    return Sweep(form.name, form.device, form.threads, form.budget, operators, form.measure, document.path)
 
 
 def _enumerate(plan: Plan, candidates: tuple[Candidate, ...]) -> OperatorSweep:

@@ -51,6 +51,17 @@ def _each(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item if isinstance(item, str) else shown(item) for item in items))
 
 
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def duration(value: object) -> float:
+    """Seconds from text such as ``90s``, ``5m`` or ``1.5h``. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smh])", value) if isinstance(value, str) else None
+    if match is None or not float(match[1]):
+        raise ValueError("expected a positive number and s, m or h, such as 90s or 5m")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
 Size = Annotated[int, _number(1, MAX_DIM, "1 to 2^40")]
 Text = Annotated[str, _text(".{1,200}", "text of at most 200 characters")]
 Name = Annotated[str, _text("[a-z][a-z0-9_]{0,63}", "lower-case letters, digits and '_', at most 64")]
@@ -175,6 +186,7 @@ class SweepForm(_Form):
     name: Name
     device: Device = "cpu"
     threads: Annotated[int, _number(1, 1024, "1 to 1024")] | None = None
+    budget: Annotated[float, BeforeValidator(duration)] | None = None
     operators: Annotated[dict[str, OperatorForm], Field(min_length=1)]
     measure: Measure = Measure()
 

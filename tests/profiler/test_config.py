@@ -222,6 +222,8 @@ VALUES = [
     ("name: good", "name: 7", "2: name: found 7, expected lower-case"),
     ("name: good", "name: g\ndevice: gpu", "3: device: found 'gpu', expected cpu, cuda or cuda:N"),
     ("name: good", "name: g\nthreads: 0", "3: threads: found 0, expected a whole number from 1 to 1024"),
+    ("name: good", "name: g\nbudget: 5", "3: budget: found 5, expected a positive number and s, m or h"),
+    ("name: good", "name: g\nbudget: 0m", "3: budget: found '0m', expected a positive number"),
     ("name: good", "name: g\nthreads: yes", "3: threads: found yes, expected a whole number"),
     ("bias: yes", "bias: 1", "traits.bias: found '1', expected one of yes, no"),
     ("bias: yes", "bias:", "traits.bias: found nothing, expected a value"),

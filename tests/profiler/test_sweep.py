@@ -98,6 +98,12 @@ def test_a_budget_of_nothing_lists_what_is_unfinished(config: Path, folder: Path
     assert outcome.measured == 0 and len(outcome.unfinished) == 3
 
 
+def test_a_budget_in_the_config_holds_unless_the_command_says_another(config: Path, folder: Path) -> None:
+    config.write_text(CONFIG + "budget: 0.001s\n")
+    assert "unfinished: layer_norm" in command("run", config, "-o", folder).stdout
+    assert " 0 unfinished" in command("run", config, "-o", folder, "--budget", "1m").stdout
+
+
 def test_results_of_another_environment_are_never_mixed(config: Path, folder: Path) -> None:
     run_sweep(load(config), folder)
     data = json.loads((folder / RUN_FILE).read_text())
