@@ -1,4 +1,4 @@
-"""What serving code needs: the vocabulary, the kernel pool, the lookup and the runtime. Imports torch alone."""
+"""What serving code needs: vocabulary, kernel pool, lookup and runtime. Imports torch alone."""
 
 from dks.dispatch.bins import Bins
 from dks.dispatch.choice import Choice

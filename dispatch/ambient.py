@@ -4,41 +4,73 @@ from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
-_stack_size = torch._C._len_torch_dispatch_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.maybe_current_level
+_tracing = torch._C._is_tracing
+_any_autocast = torch._C._is_any_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
+_Tensor, _Parameter, _strided = torch.Tensor, torch.nn.Parameter, torch.strided
+
+# True only while torch.compile or torch.export reads the code; eager calls pay one cheap call for it.
+is_compiling = torch.compiler.is_dynamo_compiling
+
+
+def transform_objection() -> str | None:
+    """Why operators called in this thread now are not plain computations, or None.
+
+    Traces, dispatch and function modes (fake tensors, FLOP counters), functorch transforms and forward-mode
+    gradients all need to see the operator itself.
+    """
+    if _dispatch_modes() or _functorch_level() is not None or _tracing():
+        return "transformed"
+    if _function_modes() and not _only_default_devices():
+        return "transformed"
+    return "gradient" if forward_ad._current_level >= 0 else None
+
+
+def _only_default_devices() -> bool:
+    # ``torch.set_default_device`` is a mode as well, for a process's life; it changes factories alone.
+    modes = (torch._C._get_function_stack_at(i) for i in range(_function_modes()))
+    return all(type(mode) is DeviceContext for mode in modes)
 
 
 def ambient_objection() -> str | None:
-    """Why the state of this thread asks for the framework's own operator, or None.
-
-    Tracing, autocast, dispatch modes (fake tensors, FLOP counters), functorch transforms and forward-mode
-    gradients all need to see the operator itself.
-    """
-    if torch.compiler.is_compiling():
-        return "compiling"
-    if torch.is_autocast_enabled("cpu"):
+    """Why the state of this thread asks for the framework's own operator, or None."""
+    if _any_autocast():
         return "autocast"
-    if _stack_size() or _functorch_level() is not None:
-        return "transformed"
-    if forward_ad._current_level >= 0:
-        return "gradient"
+    # transform_objection's conditions once more: every call asks, and nearly every answer is no.
+    if (
+        _dispatch_modes()
+        or _functorch_level() is not None
+        or _tracing()
+        or _function_modes()
+        or forward_ad._current_level >= 0
+    ):
+        return transform_objection()
     return None
 
 
-def tensor_objection(x: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """Why ``x`` itself asks for the framework, or None: subclass, device, layout, dtype, strides."""
-    if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
+def tensor_objection(x: object, dtype: torch.dtype) -> str | None:
+    """Why ``x`` itself asks for the framework, or None: subclass, dtype, device or layout."""
+    if type(x) is not _Tensor and type(x) is not _Parameter:
         return "subclass"
     if x.dtype is not dtype:
         return "dtype"
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return "device"
-    if x.layout is not torch.strided or x.is_neg():
+    # A tensor of zeros that autograd made has no memory at all.
+    if x.layout is not _strided or x.is_nested or x.is_neg() or x._is_zerotensor():
         return "layout"
     return None
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd would record an operator on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if _grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False

@@ -53,7 +53,7 @@ def powers_of_two(low: int, high: int) -> Bins:
 
 
 def multiples(of: int, low: int, high: int) -> Bins:
-    """Edges at every multiple of ``of`` in low..high; ``high`` closes the last bin if it is not one itself."""
+    """Edges at every multiple of ``of`` in low..high; ``high`` closes the last bin if it is none itself."""
     _check_range(low, high)
     if of < 1:
         raise ValueError(f"multiples: found of={of}, expected at least 1")

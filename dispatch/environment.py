@@ -149,7 +149,10 @@ def _libraries() -> str:
     shown = torch.__config__.show()
     found = [
         f"{name}-{match[1]}"
-        for name, pattern in (("mkl", r"Math Kernel Library Version ([\d.]+)"), ("onednn", r"MKL-DNN v([\d.]+)"))
+        for name, pattern in (
+            ("mkl", r"Math Kernel Library Version ([\d.]+)"),
+            ("onednn", r"MKL-DNN v([\d.]+)"),
+        )
         if (match := re.search(pattern, shown))
     ]
     return "+".join(found) or UNKNOWN

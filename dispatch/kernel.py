@@ -1,7 +1,7 @@
 """What a kernel and an operator declare about themselves: the one place where either is described.
 
 A kernel is one small file in its operator's folder that ends in ``KERNEL = Kernel(...)``; an operator is one
-folder under ``dks/dispatch/ops``. The profiler measures, and the code generator selects, whatever is declared.
+folder under ``dks/dispatch/ops``. The profiler measures, and the code generator selects, what is declared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ DTYPES: Mapping[str, torch.dtype] = {
 _OPS = "dks.dispatch.ops."
 
 Run = Callable[..., torch.Tensor]
-"""Takes the operator's dynamic arguments, returns its output; the constant arguments are bound inside."""
+"""Takes the operator's dynamic arguments, returns its output; the constant arguments are bound inside.
+
+It must not write to its arguments, and its output shares memory with nothing. It raises ``Declined`` for
+values that it would get wrong."""
+
+
+class Declined(Exception):
+    """A kernel's answer to values outside its domain: the framework serves this call, the kernel the next."""
 
 
 def always(*_: object) -> None:
@@ -130,6 +137,7 @@ class Operator:
         max_align: (problem) -> the best alignment in bytes that the strides of its dims allow.
         key_bytes: (problem) -> bytes of the constant arguments, which a sweep rotates to keep caches cold.
         server: (runtime) -> the object that serves this operator; see ``dks.dispatch.runtime``.
+        odd_dims: (static dims) -> what is wrong with them together, or None.
     """
 
     name: str
@@ -142,6 +150,7 @@ class Operator:
     max_align: Callable[[Problem], int]
     key_bytes: Callable[[Problem], int]
     server: Callable[[Any], Any]
+    odd_dims: Callable[[Mapping[str, int]], str | None] = always
 
     @property
     def static(self) -> tuple[str, ...]:

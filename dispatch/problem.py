@@ -1,4 +1,4 @@
-"""The vocabulary: what is asked (Problem), what could answer it (Candidate), how exact it must be (Precision).
+"""The vocabulary: what is asked (Problem), what could answer (Candidate), how exact it must be (Precision).
 
 Identity is derived, never typed: every id below is computed from the readable fields of its object and
 parses back into them.
@@ -68,9 +68,7 @@ class Problem:
     align: int = MAX_ALIGNMENT
 
     @classmethod
-    def of(
-        cls, op: str, traits: Mapping[str, str], dims: Mapping[str, int], align: int = MAX_ALIGNMENT
-    ) -> Problem:
+    def of(cls, op: str, traits: Mapping[str, str], dims: Mapping[str, int], align: int = MAX_ALIGNMENT) -> Problem:
         """Build a problem from mappings, checking every name and range.
 
         Raises:

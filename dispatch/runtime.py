@@ -19,7 +19,6 @@ import torch
 
 from dks.dispatch import pool
 from dks.dispatch.choice import Choice
-from dks.dispatch.kernel import Run
 from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, Problem
 from dks.dispatch.stats import Counters
 from dks.dispatch.table import NEAREST_REACH, Match, Miss, Table
@@ -28,6 +27,18 @@ Find = Callable[..., int]
 
 MATCH_NAMES = tuple(match.name.lower() for match in Match)
 MISS_NAMES = tuple(miss.name.lower() for miss in Miss)
+
+_WHY_MISSED = {
+    Miss.ZERO_SIZED: "a dim is zero: there is nothing to choose",
+    Miss.OUT_OF_RANGE: f"a dim lies past {NEAREST_REACH} times the last measured size",
+    Miss.UNMEASURED: "this combination of bins was not measured",
+    Miss.MISALIGNED: "less aligned than the chosen kernel needs",
+}
+_WHY_MATCHED = {
+    "exact": "this very size was measured",
+    "bin": "a size in the same bin was measured",
+    "nearest": "past the last edge, or less aligned than what was measured: the nearest evidence there is",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +57,8 @@ class Plan:
     candidates: Mapping[int, Candidate] = field(default_factory=dict)
     blocked: str | None = None
 
-    def bind(self, *statics: Any) -> dict[int, Run]:
-        """The kernels of the group, bound to a layer's constant arguments, by rule index.
-
-        Rules that chose the same candidate share one bound form, and so one packed weight.
-        """
-        bound: dict[Candidate, Run] = {}
-        for candidate in self.candidates.values():
-            if candidate not in bound:
-                kernel = pool.kernels()[candidate.kernel]
-                bound[candidate] = kernel.bind(self.problem, candidate.params, *statics)
-        return {rule: bound[candidate] for rule, candidate in self.candidates.items()}
-
     def form_bytes(self) -> int:
-        """Bytes that ``bind`` adds to what the caller already holds."""
+        """Bytes that binding the candidates adds to what the caller already holds."""
         kernels = pool.kernels()
         return sum(kernels[c.kernel].form_bytes(self.problem) for c in set(self.candidates.values()))
 
@@ -125,6 +124,7 @@ class Runtime:
         self.table = table
         self.refused = refused
         self.counters = Counters()
+        self.failures: dict[str, str] = {}
         self.compiled = find is not None
         self._dead = dict(dead or {})
         self._find = find or table.find
@@ -165,6 +165,11 @@ class Runtime:
         }
         return Plan(problem, partial(self._find, index), candidates)
 
+    def note_failure(self, candidate: Candidate, error: Exception) -> None:
+        """Remember why a kernel could not be bound or launched; ``stats`` shows it."""
+        first = (str(error) or "no message").splitlines()[0]
+        self.failures[candidate.id] = f"{type(error).__name__}: {first}"
+
     def optimize(self, model: torch.nn.Module) -> Report:
         """Swap the modules of ``model`` that the table can make faster, in place.
 
@@ -192,6 +197,8 @@ class Runtime:
             KeyError: an unknown operator.
             ValueError: a dim is missing, or a name or value is none of the operator's.
         """
+        if isinstance(align, bool) or not isinstance(align, int) or align < 1 or align & (align - 1):
+            raise ValueError(f"{op}: found align={align!r}, expected a power of two")
         operator = pool.operator(op)
         form, traits, dims = self._parse_question(op, asked)
         statics = {name: dims[name] for name in operator.static}
@@ -208,14 +215,17 @@ class Runtime:
             )  # fmt: skip
         code = plan.find(align, *(dims[name] for name in operator.dynamic))
         if code < 0:
-            return Choice(op, operator.default, "default", self._why_missed(plan, -1 - code))
+            return Choice(op, operator.default, "default", _WHY_MISSED[Miss(-1 - code)])
         rule = self.table.rules[code >> 2]
         if rule.candidate in self._dead:
             why = f"{rule.candidate} was chosen and may not run: {self._dead[rule.candidate]}"
             return Choice(op, operator.default, "default", why)
         match = MATCH_NAMES[code & 3]
         evidence = self._rule_evidence(code >> 2)
-        return Choice(op, rule.candidate, match, str(evidence.get("reason", "")), evidence)
+        reason = str(evidence.get("reason", "")) or _WHY_MATCHED[match]
+        if rule.candidate in self.failures:
+            reason += f"; it failed in this process: {self.failures[rule.candidate]}"
+        return Choice(op, rule.candidate, match, reason, evidence)
 
     def _parse_question(
         self, op: str, asked: Mapping[str, int | str]
@@ -227,12 +237,14 @@ class Runtime:
             raise ValueError(f"{op}: found {', '.join(odd)}, expected names among {', '.join(sorted(known))}")
         missing = [name for name in operator.dims if name not in asked]
         if missing:
-            raise ValueError(f"{op}: found no {', '.join(missing)}, expected all of {', '.join(operator.dims)}")
+            found = ", ".join(missing)
+            raise ValueError(f"{op}: found no {found}, expected all of {', '.join(operator.dims)}")
         dims = {}
         for name in operator.dims:
-            if not isinstance(asked[name], int):
-                raise ValueError(f"{op}: found {name}={asked[name]!r}, expected a whole number")
-            dims[name] = int(asked[name])
+            size = asked[name]
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise ValueError(f"{op}: found {name}={size!r}, expected a whole number")
+            dims[name] = size
         statics = tuple((name, dims[name]) for name in operator.static)
         held = [g for g in self.table.groups if g.op == op and g.statics == statics]
         traits = {}
@@ -242,18 +254,11 @@ class Runtime:
             if traits[name] not in allowed:
                 raise ValueError(f"{op}: found {name}={traits[name]}, expected {' or '.join(allowed)}")
         forms = {group.form for group in held}
-        form = str(asked.get("form", "prepared" if "prepared" in forms or not forms else "direct"))
+        prepared = "prepared" in forms or (not forms and hasattr(self._servers[op], "prepare"))
+        form = str(asked.get("form", "prepared" if prepared else "direct"))
         if form not in ("prepared", "direct"):
             raise ValueError(f"{op}: found form={form}, expected prepared or direct")
         return form, traits, dims
-
-    def _why_missed(self, plan: Plan, miss: int) -> str:
-        return {
-            Miss.ZERO_SIZED: "a dim is zero: there is nothing to choose",
-            Miss.OUT_OF_RANGE: f"a dim lies past {NEAREST_REACH} times the last measured size",
-            Miss.UNMEASURED: "this combination of bins was not measured",
-            Miss.MISALIGNED: "less aligned than the chosen kernel needs",
-        }[Miss(miss)]
 
     def _rule_evidence(self, rule: int) -> dict[str, object]:
         if self._evidence is None:
@@ -267,7 +272,9 @@ class Runtime:
 
         Returns:
             ``table``: "serving" or "refused: why"; ``lookup``: "compiled" or "python"; ``ops``: by
-            operator, ``hits`` by match (exact, bin, nearest) and ``fallbacks`` by reason.
+            operator, ``hits`` by match (exact, bin, nearest) and ``fallbacks`` by reason; each call that
+            returned is counted once, a compiled one once a trace. ``failed``: the last error of each
+            candidate that could not be bound or launched.
         """
         ops: dict[str, Any] = {}
         for op, outcomes in self.counters.snapshot().items():
@@ -278,4 +285,5 @@ class Runtime:
             "table": "serving" if self.refused is None else f"refused: {self.refused}",
             "lookup": "compiled" if self.compiled else "python",
             "ops": ops,
+            "failed": dict(self.failures),
         }

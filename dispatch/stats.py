@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from itertools import count
 
 
@@ -10,15 +9,18 @@ class Counters:
     """Counts by operator and outcome; ``next`` on an ``itertools.count`` is atomic, so threads lose none."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], count[int]] = defaultdict(count)
+        self._counts: dict[tuple[str, str], count[int]] = {}
 
     def counter(self, op: str, outcome: str) -> count[int]:
         """The counter of one outcome; ``next()`` of it counts one."""
-        return self._counts[op, outcome]
+        return self._counts.setdefault((op, outcome), count())
 
     def add(self, op: str, outcome: str) -> None:
         """Count one outcome."""
-        next(self._counts[op, outcome])
+        next(self.counter(op, outcome))
+
+    # While torch.compile traces, this runs once at that time, as a fact about the trace.
+    add._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def snapshot(self) -> dict[str, dict[str, int]]:
         """Outcome to count, by operator; outcomes that never came are left out."""

@@ -49,9 +49,7 @@ def route() -> Route:
     Each candidate gets the groups that those before it left.
     """
 
-    def make(
-        op: str, candidates: Sequence[str], shapes: Sequence[Mapping[str, int]], **options: object
-    ) -> Runtime:
+    def make(op: str, candidates: Sequence[str], shapes: Sequence[Mapping[str, int]], **options: object) -> Runtime:
         rules, groups = [], {}
         for text in candidates:
             candidate = Candidate.parse(text)

@@ -42,11 +42,11 @@ def check(runtime: Any, model: nn.Module, swapped: int, given: torch.Tensor | No
     """Optimize, and hold results, gradients and state against the original."""
     given = x() if given is None else given
     original = copy.deepcopy(model)
-    keys, training = list(model.state_dict()), [m.training for m in model.modules()]
+    keys, training = list(model.state_dict()), {m.training for m in model.modules()}
     report = runtime.optimize(model)
     assert report.swapped == swapped, str(report)
     assert list(model.state_dict()) == keys
-    assert [m.training for m in model.modules()] == training
+    assert {m.training for m in model.modules()} == training
     with torch.no_grad():
         assert torch.allclose(model(given), original(given), atol=1e-5)
     for net in (model, original):
@@ -129,10 +129,14 @@ class Odd(nn.Module):
                 return self.act(self.dense(self.act(y)))
             case "dropped":
                 return self.act(F.dropout(y, 0.5, self.training))
+            case "clamped before":
+                return self.act(y.clamp(max=1e4))
+            case "branches":
+                return self.act(y) if y.max() < 1e4 else y
             case "none":
                 return y
             case _:
-                return self.act(y).clamp(max=2.0)
+                return self.act(y).clamp(max=1e4)
 
 
 class Scaled(Pair):
@@ -193,7 +197,10 @@ class Raises(nn.Module):
 @pytest.mark.parametrize(
     "model",
     [
-        *(pytest.param(Odd(kind), id=kind) for kind in ("residual", "before", "twice", "dropped", "none", "clamp")),
+        *(
+            pytest.param(Odd(kind), id=kind)
+            for kind in ("residual", "before", "twice", "dropped", "none", "clamp", "clamped before", "branches")
+        ),
         Scaled(),
         Switch(),
         TwoWays(),

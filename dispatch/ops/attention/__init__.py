@@ -22,8 +22,8 @@ def _heads(problem: Problem, heads: str, length: str, generator: torch.Generator
     return t.transpose(1, 2) if problem.trait("layout") == "bshd" else t
 
 
-def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inputs:
-    """Unit-normal q, k, v in the strides of ``layout``; the mask is (b, 1, q, kv). ``draw`` changes nothing:
+def make_inputs(problem: Problem, generator: torch.Generator, _draw: str) -> Inputs:
+    """Unit-normal q, k, v in the strides of ``layout``; the mask is (b, 1, q, kv). ``_draw`` changes nothing:
     no kernel here quantises."""
     q = _heads(problem, "h", "q", generator)
     k, v = (_heads(problem, "hkv", "kv", generator) for _ in range(2))
@@ -48,7 +48,8 @@ def reference(problem: Problem, inputs: Inputs) -> torch.Tensor:
         scores.masked_fill_(hidden, float("-inf"))
     if mask is not None:
         scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.double()
-    return torch.softmax(scores, dim=-1) @ wide_v
+    y: torch.Tensor = torch.softmax(scores, dim=-1) @ wide_v
+    return y
 
 
 def max_align(problem: Problem) -> int:
@@ -70,6 +71,7 @@ OPERATOR = Operator(
     make_inputs=make_inputs,
     reference=reference,
     max_align=max_align,
-    key_bytes=lambda problem: 0,
+    key_bytes=lambda _: 0,
     server=AttentionServer,
+    odd_dims=lambda dims: "hkv must divide h" if dims["h"] % dims["hkv"] else None,
 )

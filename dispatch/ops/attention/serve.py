@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dks.dispatch.ambient import is_compiling, tensor_objection
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Swap
-from dks.dispatch.served import DTYPE_NAMES, Dispatch, Server, tensors_objection
+from dks.dispatch.runtime import Plan, Swap
+from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
 
 
 class AttentionServer(Server):
@@ -19,11 +21,7 @@ class AttentionServer(Server):
 
     op = "attention"
 
-    def __init__(self, runtime: Any) -> None:
-        super().__init__(runtime)
-        self._dispatches: dict[int, Dispatch] = {}
-
-    def call(
+    def call(  # noqa: PLR0913 - as the framework has it
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -45,46 +43,67 @@ class AttentionServer(Server):
             is_causal: upper-left causal mask.
             scale: None means 1 / sqrt(d).
         """
-        run = None
-        float_mask = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask
-        reason = tensors_objection(q, k, v, float_mask) or _objection(q, k, v, attn_mask, dropout_p, enable_gqa)
-        if reason is None:
-            dispatch = self._dispatch(q, k, attn_mask, is_causal)
-            # The class covers q, k, v and the output. A mask is read element by element.
-            run = dispatch.choose(_align(q, k, v), q.shape[0], q.shape[2], k.shape[2])
-        else:
-            self.runtime.counters.add(self.op, reason)
 
-        def framework() -> torch.Tensor:
+        def framework(*_: Any) -> torch.Tensor:
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
 
-        return self.dispatch_or(run, framework, q, k, v, attn_mask, scale)
+        reason = "compiling" if is_compiling() else _objection(q, k, v, attn_mask, dropout_p)
+        if reason is None and is_causal and attn_mask is not None:
+            reason = "mask"  # the framework takes one or the other
+        if reason is None and not enable_gqa and q.shape[1] != k.shape[1]:
+            reason = "shape"
+        if reason is not None:
+            self.runtime.counters.add(self.op, reason)
+            return framework()
+        return self.attend(framework, q, k, v, attn_mask, scale, is_causal)
 
-    def _dispatch(
-        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, causal: bool
-    ) -> Dispatch:
-        traits = {
-            "dtype": DTYPE_NAMES[q.dtype],
-            "mask": "none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
-            "causal": "yes" if causal else "no",
-            "layout": _layout(q),
-        }
-        plan = self.runtime.plan(self.op, "direct", traits, {"h": q.shape[1], "hkv": k.shape[1], "d": q.shape[3]})
-        dispatch = self._dispatches.get(id(plan))
-        if dispatch is None:  # plans live as long as the runtime, so their ids stay theirs
-            dispatch = self._dispatches[id(plan)] = Dispatch(self.runtime, plan, plan.bind())
-        return dispatch
+    def attend(
+        self,
+        framework: Callable[..., torch.Tensor],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        causal: bool,
+    ) -> torch.Tensor:
+        """Serve tensors to which ``_objection`` has none; ``framework()`` where the table has nothing."""
+        kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
+        b, h, length, d = q.shape
+        _, hkv, kv, _ = k.shape
+        layout = _layout(q)
+
+        def plan() -> Plan:
+            causes = "yes" if causal else "no"
+            traits = {"dtype": DTYPE_NAMES[q.dtype], "mask": kind, "causal": causes, "layout": layout}
+            return self.runtime.plan(self.op, "direct", traits, {"h": h, "hkv": hkv, "d": d})
+
+        dispatch = self.direct((q.dtype, kind, causal, layout, h, hkv, d), plan, 0)
+        # The class covers q, k, v and the output. A mask is read element by element.
+        return dispatch.serve(framework, _align(q, k, v), (b, length, kv), q, k, v, mask, scale)
 
     def swap(self, model: nn.Module) -> list[Swap]:
         """Route a transformers model's SDPA attention through the table, by its attention registry."""
-        config = getattr(model, "config", None)
-        if "transformers" not in sys.modules or not hasattr(model, "set_attn_implementation"):
+        if "transformers" not in sys.modules:
             return []
-        path = type(model).__name__
-        if getattr(config, "_attn_implementation", None) != "sdpa":
-            found = getattr(config, "_attn_implementation", None)
+        swaps: list[Swap] = []
+        seen: set[int] = set()
+        for path, module in model.named_modules():
+            config = getattr(module, "config", None)
+            # A model hands its choice on to the models inside it, most of which share its config.
+            if hasattr(module, "set_attn_implementation") and config is not None and id(config) not in seen:
+                seen.add(id(config))
+                swaps += self._swap_model(path or type(module).__name__, module, config)
+        return swaps
+
+    def _swap_model(self, path: str, model: Any, config: Any) -> list[Swap]:
+        found = getattr(config, "_attn_implementation", None)
+        name = f"dks_{self.runtime.name}"
+        if found == name:
+            return []
+        if found != "sdpa":
             return [Swap(path, self.op, False, f"attention is {found!r}, expected 'sdpa'")]
         groups = [group for group in self.runtime.table.groups if group.op == self.op]
         heads = getattr(config, "num_attention_heads", 0)
@@ -97,18 +116,20 @@ class AttentionServer(Server):
             return [Swap(path, self.op, False, f"{heads} heads are not in the table")]
         if not any(plan.changes_anything for plan in plans):
             return [Swap(path, self.op, False, "the framework's own kernel is the choice everywhere")]
-        name = _register(self)
-        model.set_attn_implementation(name)  # type: ignore[operator]
+        _register(self, name)
+        model.set_attn_implementation(name)
+        if config._attn_implementation != name:
+            return [Swap(path, self.op, False, "the model does not take its attention from the registry")]
         return [Swap(path, self.op, True, f"registered as {name!r}")]
 
 
-def _register(server: AttentionServer) -> str:
-    """Register the server with transformers under a name of its own; returns the name."""
+def _register(server: AttentionServer, name: str) -> None:
+    """Register the server with transformers under ``name``."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917 - transformers' signature
         module: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -119,50 +140,61 @@ def _register(server: AttentionServer) -> str:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        def framework(*_: Any) -> torch.Tensor:
+            y: torch.Tensor = sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+            )[0]
+            return y.transpose(1, 2)
+
+        if is_compiling():
+            server.runtime.counters.add(server.op, "compiling")
+            return framework().transpose(1, 2), None
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
-        # Caches, position biases and cropped prefills stay with the library that defines them.
-        special = any(kwargs.get(name) is not None for name in ("cache", "position_bias", "softcap"))
-        if special or (causal and key.shape[2] != query.shape[2]):
-            out: tuple[torch.Tensor, None] = sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-            )
-            return out
-        gqa = query.shape[1] != key.shape[1]
-        y = server.call(
-            query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=gqa
-        )
+        reason = _objection(query, key, value, attention_mask, dropout)
+        if reason is None:
+            # Caches, position biases and cropped prefills stay with the library that defines them.
+            special = any(kwargs.get(name) is not None for name in ("cache", "position_bias", "softcap"))
+            cropped = causal and key.shape[2] != query.shape[2]
+            groups = getattr(module, "num_key_value_groups", 1)
+            if special or cropped or query.shape[1] != groups * key.shape[1]:
+                reason = "special"
+        if reason is None:
+            y = server.attend(framework, query, key, value, attention_mask, scaling, causal)
+        else:
+            server.count(reason)
+            y = framework()
         return y.transpose(1, 2).contiguous(), None
 
-    name = f"dks_{server.runtime.name}"
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, sdpa_mask)
-    return name
 
 
-def _objection(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout_p: float,
-    enable_gqa: bool,
-) -> str | None:
-    if dropout_p > 0.0:
+def _objection(q: Any, k: Any, v: Any, mask: Any, dropout: float) -> str | None:
+    """Why the framework must serve these tensors, or None; what else a call asks for is the caller's part."""
+    if dropout != 0.0:
         return "dropout"
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        return "mask"
+    float_mask = None if mask is None or mask.dtype == torch.bool else mask
+    reason = "subclass" if k is None or v is None else tensors_objection(q, k, v, float_mask)
+    if reason is not None:
+        return reason
+    if mask is not None and tensor_objection(mask, mask.dtype) is not None:
+        return "mask"
+    return _shape_objection(q, k, v)
+
+
+def _shape_objection(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0]:
-        return "shape"
-    if q.shape[3] != k.shape[3] or (q.shape[1] != k.shape[1] and not enable_gqa):
         return "shape"
     if 0 in q.shape or 0 in k.shape:
         return "zero_sized"
-    if q.shape[1] % k.shape[1]:
+    if q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         return "shape"
-    if any(t.stride(3) != 1 or 0 in t.stride()[:3] for t in (q, k, v)) or not _layout(q) == _layout(k) == _layout(v):
+    if any(t.stride(3) != 1 or 0 in t.stride()[:3] for t in (q, k, v)):
         return "strides"
-    if mask is not None and (mask.device != q.device or type(mask) is not torch.Tensor):
-        return "mask"
-    return None
+    return None if _layout(q) == _layout(k) == _layout(v) else "strides"
 
 
 def _layout(t: torch.Tensor) -> str:
@@ -171,6 +203,8 @@ def _layout(t: torch.Tensor) -> str:
 
 
 def _align(*tensors: torch.Tensor) -> int:
-    bits = [t.data_ptr() for t in tensors]
-    bits += [stride * t.element_size() for t in tensors for stride in t.stride()[:3]]
-    return alignment(*bits)
+    bits = 0
+    for t in tensors:
+        s0, s1, s2, _ = t.stride()
+        bits |= t.data_ptr() | (s0 | s1 | s2) * t.element_size()
+    return alignment(bits)

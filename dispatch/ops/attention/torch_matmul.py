@@ -8,12 +8,12 @@ from dks.dispatch.kernel import Kernel, Run
 from dks.dispatch.problem import Precision, Problem
 
 
-def bind(problem: Problem, params: tuple[tuple[str, int], ...]) -> Run:
+def bind(problem: Problem, _params: tuple[tuple[str, int], ...]) -> Run:
     """run(q (b, h, q, d), k, v (b, h, kv, d), mask, scale) -> (b, h, q, d)."""
     default_scale = problem.dim("d") ** -0.5
 
     def run(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
         scores = torch.matmul(q, k.transpose(-1, -2)).mul_(default_scale if scale is None else scale)
         return torch.matmul(torch.softmax(scores, dim=-1), v)

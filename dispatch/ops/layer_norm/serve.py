@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dks.dispatch.ambient import is_compiling
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Plan, Swap
 from dks.dispatch.served import (
     DTYPE_NAMES,
-    Dispatch,
     PreparedModule,
     Server,
-    hooks_note,
-    join,
+    children,
     parameter_objection,
+    replace,
+    swap_note,
     tensors_objection,
 )
 
@@ -44,27 +46,26 @@ class LayerNormServer(Server):
             bias: of ``normalized_shape``, or None.
             eps: added to the variance.
         """
-        run = None
-        shape = tuple(normalized_shape)
-        reason = tensors_objection(x, weight, bias) or _shape_objection(x, shape, weight, bias)
-        if reason is None:
-            plan = self.plan("direct", x.dtype, shape[0], weight)
-            dispatch = Dispatch(self.runtime, plan, plan.bind(weight, bias, eps))
-            parameters = [t.data_ptr() for t in (weight, bias) if t is not None]
-            align = alignment(x.data_ptr(), shape[0] * x.element_size(), *parameters)
-            run = dispatch.choose(align, x.numel() // shape[0])
-        else:
+
+        def framework(x: torch.Tensor, *constants: Any) -> torch.Tensor:
+            return F.layer_norm(x, normalized_shape, *constants)
+
+        reason = "compiling" if is_compiling() else _objection(x, normalized_shape, weight, bias)
+        if reason is not None:
             self.runtime.counters.add(self.op, reason)
-        return self.dispatch_or(run, lambda: F.layer_norm(x, shape, weight, bias, eps), x)
+            return framework(x, weight, bias, eps)
+        n = x.shape[-1]
+        dispatch = self.direct((x.dtype, weight is None, n), lambda: self.plan("direct", x.dtype, n, weight), 3)
+        parameters = [t.data_ptr() for t in (weight, bias) if t is not None]
+        align = alignment(x.data_ptr(), n * x.element_size(), *parameters)
+        return dispatch.serve(framework, align, (x.numel() // n,), x, weight, bias, eps)
 
     def plan(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None) -> Plan:
         """The table's plan for rows of ``n`` elements."""
         traits = {"dtype": DTYPE_NAMES[dtype], "affine": "no" if weight is None else "yes"}
         return self.runtime.plan(self.op, form, traits, {"n": n})
 
-    def prepare(
-        self, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5
-    ) -> PreparedLayerNorm:
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> PreparedLayerNorm:
         """A module that dispatches: layer(x (..., n)) -> (..., n), with weight and bias (n,).
 
         Raises:
@@ -77,27 +78,42 @@ class LayerNormServer(Server):
 
     def swap(self, model: nn.Module) -> list[Swap]:
         """Swap every ``nn.LayerNorm`` the table makes faster."""
-        return [
-            self._swap_one(parent, path, name, child)
-            for path, parent in list(model.named_modules())
-            for name, child in list(parent.named_children())
-            if type(child) is nn.LayerNorm
-        ]
+        if type(model) is nn.LayerNorm:
+            return [Swap("", self.op, False, "nothing holds the model itself: use prepare_layer_norm")]
+        swaps: list[Swap] = []
+        made: dict[nn.Module, PreparedLayerNorm] = {}  # one layer under two names stays one layer
+        for parent, name, where, child in children(model):
+            if isinstance(child, PreparedLayerNorm):
+                swaps += self.bind_again(where, child)
+            elif type(child) is nn.LayerNorm:  # a subclass means something by being one
+                swaps.append(self._swap_one(parent, where, name, child, made))
+        return swaps
 
-    def _swap_one(self, parent: nn.Module, path: str, name: str, child: nn.LayerNorm) -> Swap:
-        where, n = join(path, name), child.normalized_shape[-1]
-        note = hooks_note(child) or parameter_objection(child.weight, child.bias)
-        if len(child.normalized_shape) != 1 or child.weight is None or child.bias is None:
-            note = f"normalises over {child.normalized_shape} with weight and bias in part"
+    def _swap_one(
+        self,
+        parent: nn.Module,
+        where: str,
+        name: str,
+        norm: nn.LayerNorm,
+        made: dict[nn.Module, PreparedLayerNorm],
+    ) -> Swap:
+        note = _swap_note(norm)
         if note is not None:
             return Swap(where, self.op, False, note)
-        plan = self.plan("prepared", child.weight.dtype, n, child.weight)
-        if plan.find is None:
-            return Swap(where, self.op, False, f"n={n} {child.weight.dtype} is not in the table")
-        if not plan.changes_anything:
-            return Swap(where, self.op, False, f"n={n}: the framework's own kernel is the choice everywhere")
-        layer = PreparedLayerNorm(self, child.weight, child.bias, child.eps)
-        setattr(parent, name, layer.train(child.training))
+        layer = made.get(norm)
+        if layer is None:
+            n = norm.weight.shape[0]
+            plan = self.plan("prepared", norm.weight.dtype, n, norm.weight)
+            if plan.find is None:
+                return Swap(where, self.op, False, f"n={n} {norm.weight.dtype} is not in the table")
+            if not plan.changes_anything:
+                note = f"n={n}: the framework's own kernel is the choice everywhere"
+                return Swap(where, self.op, False, note)
+            layer = PreparedLayerNorm(self, norm.weight, norm.bias, norm.eps)
+            if not layer.gains:
+                return Swap(where, self.op, False, f"n={n}: the chosen kernels could not be bound")
+            made[norm] = layer
+        replace(parent, name, norm, layer)
         return Swap(where, self.op, True, layer.describe())
 
 
@@ -106,19 +122,15 @@ class PreparedLayerNorm(PreparedModule):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    eps: float
     _server: LayerNormServer
 
-    def __init__(
-        self, server: LayerNormServer, weight: torch.Tensor, bias: torch.Tensor, eps: float
-    ) -> None:
+    def __init__(self, server: LayerNormServer, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
         self.__dict__["eps"] = eps  # before the base binds, which needs it
         self.__dict__["features"] = weight.shape[0]
         super().__init__(server, weight, bias)
 
-    def plan(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> Plan | None:
-        assert weight is not None
-        if parameter_objection(weight, bias) or 0 in weight.shape:
-            return None
+    def plan(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Plan:
         return self._server.plan("prepared", weight.dtype, self.features, weight)
 
     def constants(self) -> tuple[object, ...]:
@@ -130,13 +142,32 @@ class PreparedLayerNorm(PreparedModule):
     def framework(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (self.features,), self.weight, self.bias, self.eps)
 
+    def plain(self) -> nn.LayerNorm:
+        layer = nn.LayerNorm.__new__(nn.LayerNorm)
+        own = {"normalized_shape": (self.features,), "elementwise_affine": True}
+        layer.__dict__.update(self._attributes() | own)
+        return layer
+
     def extra_repr(self) -> str:
         return f"n={self.features} eps={self.eps}"
 
 
-def _shape_objection(
-    x: torch.Tensor, shape: tuple[int, ...], weight: torch.Tensor | None, bias: torch.Tensor | None
+def _swap_note(norm: nn.LayerNorm) -> str | None:
+    if norm._parameters.get("weight") is None or norm._parameters.get("bias") is None:
+        return "has no weight or no bias"
+    if len(norm.normalized_shape) != 1 or norm.weight.dim() != 1:
+        return f"normalises over {norm.normalized_shape}, expected the last dim alone"
+    return swap_note(norm) or parameter_objection(norm.weight, norm.bias)
+
+
+def _objection(
+    x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> str | None:
+    if (reason := tensors_objection(x, weight, bias)) is not None:
+        return reason
+    if not isinstance(normalized_shape, (tuple, list)):
+        return "shape"
+    shape = tuple(normalized_shape)
     if len(shape) != 1 or x.dim() < 1 or x.shape[-1] != shape[0] or (weight is None) != (bias is None):
         return "shape"
     if weight is not None and bias is not None and not (weight.shape == bias.shape == shape):

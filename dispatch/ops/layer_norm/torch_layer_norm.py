@@ -11,7 +11,7 @@ from dks.dispatch.problem import Precision, Problem
 
 def bind(
     problem: Problem,
-    params: tuple[tuple[str, int], ...],
+    _params: tuple[tuple[str, int], ...],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,

@@ -17,8 +17,8 @@ def bind(
     eps: float,
 ) -> Run:
     """weight (n,), bias (n,), bf16 -> run(x (..., n) bf16) -> (..., n) bf16."""
-    wide = [None if t is None else t.detach().float() for t in (weight, bias)]
-    return torch_native.bind(problem, params, *wide, eps)
+    wide_weight, wide_bias = (None if t is None else t.detach().float() for t in (weight, bias))
+    return torch_native.bind(problem, params, wide_weight, wide_bias, eps)
 
 
 KERNEL = Kernel(

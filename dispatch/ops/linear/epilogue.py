@@ -25,14 +25,12 @@ _IN_PLACE: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.ops.aten.silu_.default,
 }
 
-ONEDNN_ATTR: Mapping[str, tuple[str, str]] = {
+_ONEDNN: Mapping[str, tuple[str, str]] = {
     "none": ("none", ""),
-    "relu": ("relu", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", ""),
 }
-"""(attr, algorithm) of oneDNN's fused form of each epilogue."""
 
 
 def fused_in_place(run: Run, epilogue: str) -> Run:
@@ -41,3 +39,13 @@ def fused_in_place(run: Run, epilogue: str) -> Run:
         return run
     apply = _IN_PLACE[epilogue]
     return lambda x: apply(run(x))
+
+
+def onednn_fused(make: Callable[[str, str], Run], epilogue: str) -> Run:
+    """``make(attr, algorithm)``, which fuses oneDNN's form of the epilogue, or the epilogue after it in place.
+
+    oneDNN's relu turns NaN into zero, and so hides it: that epilogue stays torch's.
+    """
+    if epilogue in _ONEDNN:
+        return make(*_ONEDNN[epilogue])
+    return fused_in_place(make(*_ONEDNN["none"]), epilogue)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from dks.dispatch.kernel import Kernel, Run
+from dks.dispatch.ops.linear import mkldnn_packed
 from dks.dispatch.ops.linear.epilogue import fused_in_place
 from dks.dispatch.problem import Precision, Problem
 
@@ -23,14 +24,13 @@ def bind(
     linear = torch.ops.mkl._mkl_linear.default
     # The last argument says for how many rows the weight is packed. The operator uses the pack only where
     # it equals the rows of x, so it is told that they do.
-    return fused_in_place(
-        lambda x: linear(x, packed, weight, bias, x.numel() // k), problem.trait("epilogue")
-    )
+    return fused_in_place(lambda x: linear(x, packed, weight, bias, x.numel() // k), problem.trait("epilogue"))
 
 
 def unavailable() -> str | None:
     """Why torch can't run it here, or None."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+    found: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if not found or mkldnn_packed.unavailable():
         return "this torch is built without MKL"
     return None if hasattr(torch.ops.mkl, "_mkl_linear") else "this torch has no packed MKL linear"
 

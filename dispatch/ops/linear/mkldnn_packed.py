@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dks.dispatch.kernel import DTYPES, Kernel, Run
-from dks.dispatch.ops.linear.epilogue import ONEDNN_ATTR
+from dks.dispatch.ops.linear.epilogue import onednn_fused
 from dks.dispatch.problem import Precision, Problem
 
 # The layout barely depends on the rows it is asked for; one that suits most of them serves all bins.
@@ -13,18 +13,22 @@ PACK_ROWS = 64
 
 
 def bind(
-    problem: Problem, params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
+    problem: Problem, _params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
     """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n)."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACK_ROWS)
-    attr, algorithm = ONEDNN_ATTR[problem.trait("epilogue")]
     linear = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: linear(x, packed, bias, attr, [], algorithm)
+
+    def make(attr: str, algorithm: str) -> Run:
+        return lambda x: linear(x, packed, bias, attr, [], algorithm)
+
+    return onednn_fused(make, problem.trait("epilogue"))
 
 
 def unavailable() -> str | None:
     """Why torch can't run it here, or None."""
-    return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
+    found: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return None if found else "this torch is built without oneDNN"
 
 
 KERNEL = Kernel(

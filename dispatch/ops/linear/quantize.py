@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from functools import lru_cache
+
 import torch
+
+from dks.dispatch.kernel import Declined
 
 
 def per_channel_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -10,7 +16,39 @@ def per_channel_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         (int8 weights (n, k), float32 scales (n,)), so that weight is about int8 * scale.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, which no integer stands for.
     """
     weight = weight.detach().float()
-    scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
+    largest = weight.abs().amax(dim=1)
+    check_finite(largest)
+    # The scale of a row of zeros stays a normal number: a denormal one may be flushed to zero.
+    scale = largest.clamp_min(1e-30) / 127.0
     return torch.round(weight / scale[:, None]).clamp_(-127, 127).to(torch.int8), scale
+
+
+def check_finite(extremes: torch.Tensor) -> None:
+    """Raise ValueError where ``extremes`` of a weight show that it can't be quantised."""
+    if not torch.isfinite(extremes).all():
+        raise ValueError("weight: found NaN or infinity, expected finite values")
+
+
+def value_range(x: torch.Tensor) -> tuple[float, float]:
+    """Smallest and largest value of ``x``, widened to hold zero, so that padding stays zero when quantised.
+
+    Raises:
+        Declined: a value is NaN, which integers can't say, or infinite, which no one scale stands for.
+    """
+    low, high = (extreme.item() for extreme in torch.aminmax(x))
+    if not math.isfinite(high - low):
+        raise Declined("activations are not finite")
+    return min(low, 0.0), max(high, 0.0)
+
+
+@lru_cache(maxsize=1)
+def hush() -> None:
+    """Let torch say, once and unheard, that quantized tensors will go: a request should not warn of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.quantize_per_tensor(torch.zeros(1, device="cpu"), 1.0, 0, torch.quint8)

@@ -5,14 +5,20 @@ Activations are quantised inside, one scale for the whole tensor; weights have o
 
 from __future__ import annotations
 
-import warnings
+import threading
 
 import torch
 
-from dks.dispatch.kernel import Kernel, Run
+from dks.dispatch.kernel import DTYPES, Declined, Kernel, Run
 from dks.dispatch.ops.linear.epilogue import fused_in_place
-from dks.dispatch.ops.linear.quantize import per_channel_int8
+from dks.dispatch.ops.linear.quantize import hush, per_channel_int8, value_range
 from dks.dispatch.problem import Precision, Problem
+
+# The engine is chosen by a process-wide setting, and only while packing: the packed weight remembers it.
+_ENGINE = threading.Lock()
+
+# The operator's scale never falls below 6.1e-5 (fbgemm's SMALL_SCALE_THRESHOLD): less fills no byte.
+_LEAST_RANGE = 6.1e-5 * 255
 
 
 def dynamic_int8(engine: str) -> Kernel:
@@ -20,31 +26,37 @@ def dynamic_int8(engine: str) -> Kernel:
 
     def bind(
         problem: Problem,
-        params: tuple[tuple[str, int], ...],
+        _params: tuple[tuple[str, int], ...],
         weight: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> Run:
         """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n), of x's dtype."""
         quantized, scale = per_channel_int8(weight)
-        zero = torch.zeros(quantized.shape[0], dtype=torch.long)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch announces that quantized tensors will go
-            as_quantized = torch._make_per_channel_quantized_tensor(quantized, scale.double(), zero, 0)
-        # The engine is chosen by a process-wide setting, and only while packing: the packed weight
-        # remembers it.
-        previous = torch.backends.quantized.engine
-        torch.backends.quantized.engine = engine
-        try:
-            packed = torch.ops.quantized.linear_prepack(as_quantized, None if bias is None else bias.float())
-        finally:
-            torch.backends.quantized.engine = previous
+        n, k = quantized.shape
+        zero = torch.zeros(n, dtype=torch.long, device="cpu")
+        hush()
+        as_quantized = torch._make_per_channel_quantized_tensor(quantized, scale.double(), zero, 0)
+        with _ENGINE:
+            previous = torch.backends.quantized.engine
+            torch.backends.quantized.engine = engine
+            try:
+                wide = None if bias is None else bias.detach().float()
+                packed = torch.ops.quantized.linear_prepack(as_quantized, wide)
+            finally:
+                torch.backends.quantized.engine = previous
         linear = torch.ops.quantized.linear_dynamic.default
         # Without VNNI the 16-bit sums of pairs can saturate; one bit less of activation keeps them apart.
         reduce_range = engine != "onednn" and not torch.cpu._is_vnni_supported()
-        if problem.trait("dtype") == "float32":
-            run: Run = lambda x: linear(x, packed, reduce_range)  # noqa: E731
-        else:
-            run = lambda x: linear(x.float(), packed, reduce_range).bfloat16()  # noqa: E731
+        dtype = DTYPES[problem.trait("dtype")]
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            rows = x.view(-1, k).float()
+            low, high = value_range(rows)
+            if 0.0 < high - low < _LEAST_RANGE:
+                raise Declined("activations are too small")
+            y: torch.Tensor = linear(rows, packed, reduce_range)
+            return y.to(dtype).view(*x.shape[:-1], n)
+
         return fused_in_place(run, problem.trait("epilogue"))
 
     def unavailable() -> str | None:

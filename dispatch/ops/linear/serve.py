@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
+import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from dks.dispatch.ambient import is_compiling
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Plan, Swap
 from dks.dispatch.served import (
     DTYPE_NAMES,
-    Dispatch,
     PreparedModule,
     Server,
-    hooks_note,
+    attachment_note,
+    children,
     join,
     parameter_objection,
+    replace,
+    swap_note,
     tensors_objection,
 )
 
@@ -41,20 +46,26 @@ class LinearServer(Server):
 
         Returns:
             (..., n), as the framework would: same errors, same autograd.
+
+        Raises:
+            ValueError: an unknown epilogue.
         """
-        run = None
-        reason = tensors_objection(x, weight, bias) or _shape_objection(x, weight, bias)
-        if reason is None:
-            plan = self.plan("direct", weight, bias, epilogue)
-            n, k = weight.shape
-            size = x.element_size()
-            addresses = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-            # Direct kernels use the caller's tensors as they are: binding them copies nothing.
-            dispatch = Dispatch(self.runtime, plan, plan.bind(weight, bias))
-            run = dispatch.choose(alignment(k * size, n * size, *addresses), x.numel() // k)
-        else:
+        _check_epilogue(epilogue)
+
+        def framework(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return EPILOGUES[epilogue](F.linear(x, weight, bias))
+
+        reason = "compiling" if is_compiling() else _objection(x, weight, bias)
+        if reason is not None:
             self.runtime.counters.add(self.op, reason)
-        return self.dispatch_or(run, lambda: EPILOGUES[epilogue](F.linear(x, weight, bias)), x)
+            return framework(x, weight, bias)
+        n, k = weight.shape
+        dispatch = self.direct(
+            (x.dtype, bias is None, epilogue, n, k), lambda: self.plan("direct", weight, bias, epilogue), 2
+        )
+        bits = (k | n) * x.element_size() | x.data_ptr() | weight.data_ptr()
+        align = alignment(bits if bias is None else bits | bias.data_ptr())
+        return dispatch.serve(framework, align, (x.numel() // k,), x, weight, bias)
 
     def plan(self, form: str, weight: torch.Tensor, bias: torch.Tensor | None, epilogue: str) -> Plan:
         """The table's plan for this weight."""
@@ -81,8 +92,7 @@ class LinearServer(Server):
         Raises:
             ValueError: an unknown epilogue, or shapes that no linear has.
         """
-        if epilogue not in EPILOGUES:
-            raise ValueError(f"epilogue: found {epilogue!r}, expected one of {', '.join(EPILOGUES)}")
+        _check_epilogue(epilogue)
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             found = f"weight {tuple(weight.shape)}, bias {None if bias is None else tuple(bias.shape)}"
             raise ValueError(f"prepare_linear: found {found}, expected (n, k) and (n,)")
@@ -90,13 +100,18 @@ class LinearServer(Server):
 
     def swap(self, model: nn.Module) -> list[Swap]:
         """Swap every ``nn.Linear`` the table makes faster; an activation right behind it is fused."""
+        if type(model) is nn.Linear:
+            return [Swap("", self.op, False, "nothing holds the model itself: use prepare_linear")]
         swaps: list[Swap] = []
         for path, parent in list(model.named_modules()):
             swaps += self._swap_pair(path, parent)
-        for path, parent in list(model.named_modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:  # a subclass means something by being one
-                    swaps.append(self._swap_one(parent, path, name, child))
+        made: dict[nn.Module, PreparedLinear] = {}  # one layer under two names stays one layer
+        for parent, name, where, child in children(model):
+            if isinstance(child, PreparedLinear):
+                swaps += self.bind_again(where, child)
+            # Any other subclass means something by being one.
+            elif type(child) is nn.Linear or type(child) is ActivatedLinear:
+                swaps.append(self._swap_one(parent, where, name, child, made))
         return swaps
 
     def _swap_pair(self, path: str, parent: nn.Module) -> list[Swap]:
@@ -104,26 +119,42 @@ class LinearServer(Server):
         if found is None:
             return []
         name, linear, activation, epilogue = found
-        layer = PreparedLinear(self, linear.weight, linear.bias, epilogue)
-        if not layer.worthwhile:
+        plan = self.plan("prepared", linear.weight, linear.bias, epilogue)
+        if not plan.changes_anything:
             return []
-        setattr(parent, name, layer.train(linear.training))
+        layer = PreparedLinear(self, linear.weight, linear.bias, epilogue)
+        if not layer.gains:
+            return []
+        replace(parent, name, linear, layer)
         setattr(parent, activation, nn.Identity())
         return [Swap(join(path, name), self.op, True, layer.describe())]
 
-    def _swap_one(self, parent: nn.Module, path: str, name: str, linear: nn.Linear) -> Swap:
-        where = join(path, name)
-        note = hooks_note(linear) or parameter_objection(linear.weight, linear.bias)
+    def _swap_one(
+        self,
+        parent: nn.Module,
+        where: str,
+        name: str,
+        linear: nn.Linear,
+        made: dict[nn.Module, PreparedLinear],
+    ) -> Swap:
+        note = _swap_note(linear)
         if note is not None:
             return Swap(where, self.op, False, note)
-        plan = self.plan("prepared", linear.weight, linear.bias, "none")
-        shape = f"n={linear.out_features} k={linear.in_features} {linear.weight.dtype}"
-        if plan.find is None:
-            return Swap(where, self.op, False, f"{shape} is not in the table")
-        if not plan.changes_anything:
-            return Swap(where, self.op, False, f"{shape}: the framework's own kernel is the choice everywhere")
-        layer = PreparedLinear(self, linear.weight, linear.bias, "none")
-        setattr(parent, name, layer.train(linear.training))
+        layer = made.get(linear)
+        if layer is None:
+            epilogue = linear.epilogue if isinstance(linear, ActivatedLinear) else "none"
+            plan = self.plan("prepared", linear.weight, linear.bias, epilogue)
+            shape = f"n={linear.weight.shape[0]} k={linear.weight.shape[1]} {linear.weight.dtype}"
+            if plan.find is None:
+                return Swap(where, self.op, False, f"{shape} is not in the table")
+            if not plan.changes_anything:
+                note = f"{shape}: the framework's own kernel is the choice everywhere"
+                return Swap(where, self.op, False, note)
+            layer = PreparedLinear(self, linear.weight, linear.bias, epilogue)
+            if not layer.gains:
+                return Swap(where, self.op, False, f"{shape}: the chosen kernels could not be bound")
+            made[linear] = layer
+        replace(parent, name, linear, layer)
         return Swap(where, self.op, True, layer.describe())
 
 
@@ -132,6 +163,7 @@ class PreparedLinear(PreparedModule):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    epilogue: str
     _server: LinearServer
 
     def __init__(
@@ -141,15 +173,7 @@ class PreparedLinear(PreparedModule):
         self.__dict__["features"] = weight.shape[1]
         super().__init__(server, weight, bias)
 
-    @property
-    def worthwhile(self) -> bool:
-        """Whether the table chose another kernel than the framework's own for some size."""
-        return self._dispatch is not None and self._dispatch.plan.changes_anything
-
-    def plan(self, weight: nn.Parameter | None, bias: nn.Parameter | None) -> Plan | None:
-        assert weight is not None
-        if parameter_objection(weight, bias) or 0 in weight.shape:
-            return None
+    def plan(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Plan:
         return self._server.plan("prepared", weight, bias, self.epilogue)
 
     def row_bytes(self) -> int:
@@ -157,14 +181,41 @@ class PreparedLinear(PreparedModule):
         return (n | k) * self.weight.element_size()
 
     def framework(self, x: torch.Tensor) -> torch.Tensor:
-        return EPILOGUES[self.epilogue](F.linear(x, self.weight, self.bias))
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.epilogue == "none" else EPILOGUES[self.epilogue](y)
+
+    def plain(self) -> nn.Linear:
+        kind = nn.Linear if self.epilogue == "none" else ActivatedLinear
+        layer = kind.__new__(kind)
+        n, k = self.weight.shape
+        layer.__dict__.update(self._attributes() | {"in_features": k, "out_features": n})
+        return layer
 
     def extra_repr(self) -> str:
         fused = "" if self.epilogue == "none" else f" {self.epilogue}"
         return f"n={self.weight.shape[0]} k={self.features}{fused}"
 
 
-def _shape_objection(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+class ActivatedLinear(nn.Linear):
+    """A linear and its epilogue, as the framework computes them: what a fused layer is once it is pickled."""
+
+    epilogue: str
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input (..., k) -> (..., n)."""
+        return EPILOGUES[self.epilogue](super().forward(input))
+
+
+def _check_epilogue(epilogue: str) -> None:
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"epilogue: found {epilogue!r}, expected one of {', '.join(EPILOGUES)}")
+
+
+def _objection(x: Any, weight: Any, bias: Any) -> str | None:
+    if not isinstance(weight, torch.Tensor):
+        return "subclass"
+    if (reason := tensors_objection(x, weight, bias)) is not None:
+        return reason
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         return "shape"
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -174,29 +225,86 @@ def _shape_objection(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return "zero_sized" if 0 in weight.shape else None
 
 
+def _swap_note(linear: nn.Linear) -> str | None:
+    note = swap_note(linear) or parameter_objection(linear.weight, linear.bias)
+    return note or ("shape" if linear.weight.dim() != 2 else None)
+
+
 def linear_then_activation(parent: nn.Module) -> tuple[str, nn.Linear, str, str] | None:
     """(linear's name, linear, activation's name, epilogue) of a module that is one after the other, or None.
 
     Found by behaviour, not by name: the activation must equal one of the epilogues on a grid of values, and
-    the module must return, bit for bit, what the two do in turn.
+    the module must call what the two call in turn, and return the same, in training and in evaluation. What
+    that can't show is ruled out by form: the module has nothing else that could matter, now or later.
     """
-    children = list(parent.named_children())
-    if len(children) != 2 or type(children[0][1]) is not nn.Linear:
+    held = list(parent._modules.items())
+    if len(held) != 2 or not _only_forwards(parent):
         return None
-    (name, linear), (act_name, activation) = children
-    if next(itertools.chain(activation.parameters(), activation.buffers()), None) is not None:
+    (name, linear), (act_name, activation) = held
+    if type(linear) is not nn.Linear or _swap_note(linear) is not None:
         return None
-    if parameter_objection(linear.weight, linear.bias) or any(map(hooks_note, (parent, linear, activation))):
+    if activation is None or attachment_note(activation) is not None or _holds_tensors(activation):
         return None
+    modes = [(module, module.training) for module in parent.modules()]
     try:
-        with torch.no_grad():
-            grid = torch.linspace(-8.0, 8.0, 1024)
-            seen = activation(grid.clone())
-            epilogue = next((e for e, f in EPILOGUES.items() if torch.equal(f(grid), seen)), "none")
-            x = torch.linspace(-1.0, 1.0, 2 * linear.in_features, dtype=linear.weight.dtype)
-            x = x.view(2, linear.in_features)
-            if epilogue == "none" or not torch.equal(parent(x), activation(linear(x))):
-                return None
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            epilogue = _epilogue_of(activation)
+            is_pair = all(_equal(parent.train(mode), linear, activation) for mode in (True, False))
     except Exception:  # whatever a stranger's module raises on such input, it is then no such pair
         return None
-    return name, linear, act_name, epilogue
+    finally:
+        for module, training in modes:
+            module.training = training
+    return (name, linear, act_name, epilogue) if epilogue is not None and is_pair else None
+
+
+def _only_forwards(parent: nn.Module) -> bool:
+    """Whether ``parent`` has no state of its own, and one method of one argument that uses its children."""
+    if attachment_note(parent) is not None or parent._parameters or parent._buffers:
+        return False
+    own = (value for name, value in vars(parent).items() if name != "training" and not name.startswith("_"))
+    if any(isinstance(value, (bool, int, float, torch.Tensor)) for value in own):
+        return False
+    kind = type(parent)
+    if kind is nn.Sequential:
+        return True
+    methods = {name for name, value in vars(kind).items() if callable(value) or isinstance(value, property)}
+    if kind.__bases__ != (nn.Module,) or not methods <= {"__init__", "forward"}:
+        return False
+    return len(inspect.signature(parent.forward).parameters) == 1
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    return bool([*module.parameters(), *module.buffers()])
+
+
+def _epilogue_of(activation: nn.Module) -> str | None:
+    """The epilogue that equals ``activation`` from the smallest to the largest float32, or None."""
+    tail = torch.logspace(-38.0, 38.0, 512, dtype=torch.float32, device="cpu")
+    middle = torch.linspace(-16.0, 16.0, 2049, dtype=torch.float32, device="cpu")
+    grid = torch.cat((middle, tail, -tail))
+    seen = activation(grid.clone())
+    return next((e for e, f in EPILOGUES.items() if e != "none" and torch.equal(f(grid), seen)), None)
+
+
+def _equal(parent: nn.Module, linear: nn.Linear, activation: nn.Module) -> bool:
+    """Whether ``parent`` calls just what the two in turn call, and returns what they return."""
+    k = linear.weight.shape[1]
+    x = torch.linspace(-1.0, 1.0, 2 * k, dtype=linear.weight.dtype, device="cpu").view(2, k)
+    with _Calls() as of_parent:
+        found = parent(x)
+    with _Calls() as of_pair:
+        wanted = activation(linear(x))
+    return of_parent.seen == of_pair.seen and torch.equal(found, wanted)
+
+
+class _Calls(TorchFunctionMode):
+    """Notes every function of torch that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))

@@ -10,7 +10,7 @@ from dks.dispatch.problem import Precision, Problem
 
 
 def bind(
-    problem: Problem, params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
+    problem: Problem, _params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
     """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n)."""
     k, n = problem.dim("k"), problem.dim("n")

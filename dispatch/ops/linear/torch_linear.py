@@ -1,4 +1,4 @@
-"""The framework's own path: ``F.linear`` and the activation after it. Every other kernel is held against it."""
+"""The framework's own path: ``F.linear`` and the activation after it. Every kernel is held against it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dks.dispatch.problem import Precision, Problem
 
 
 def bind(
-    problem: Problem, params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
+    problem: Problem, _params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
     """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n)."""
     epilogue = problem.trait("epilogue")

@@ -6,6 +6,7 @@ import torch
 
 from dks.dispatch.kernel import Kernel, Run
 from dks.dispatch.ops.linear.epilogue import fused_in_place
+from dks.dispatch.ops.linear.quantize import check_finite
 from dks.dispatch.problem import Precision, Problem
 
 
@@ -17,6 +18,7 @@ def bind(
     group = dict(params)["group"]
     grouped = weight.detach().float().view(n, k // group, group)
     low, high = grouped.amin(dim=2), grouped.amax(dim=2)
+    check_finite(low + high)
     scale = ((high - low) / 15.0).clamp_min(1e-8)
     # The operator computes (q - 8) * scale + zero.
     q = torch.round((grouped - low[..., None]) / scale[..., None]).clamp_(0, 15).to(torch.int32)

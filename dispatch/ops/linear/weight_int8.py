@@ -11,7 +11,7 @@ from dks.dispatch.problem import Precision, Problem
 
 
 def bind(
-    problem: Problem, params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
+    problem: Problem, _params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
     """weight (n, k), bias (n,) or None, bf16 -> run(x (..., k) bf16) -> (..., n) bf16."""
     n, k = problem.dim("n"), problem.dim("k")

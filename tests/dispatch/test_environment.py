@@ -1,0 +1,86 @@
+"""The environment: what differs is named, and what is unknown equals nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import fields
+
+import pytest
+import torch
+
+from dks.dispatch import environment
+from dks.dispatch.environment import UNKNOWN, Environment
+
+FIELDS = [field.name for field in fields(Environment)]
+ONE = Environment(**{name: f"some {name}" for name in FIELDS})
+
+
+def test_this_machine_fits_itself() -> None:
+    here = Environment.current()
+    assert here.device == "cpu" and here.driver == "none" and here.torch == torch.__version__
+    assert here.threads == str(torch.get_num_threads())
+    assert UNKNOWN not in here.to_dict().values() and here.diff(Environment.current()) == []
+    assert Environment.from_dict(here.to_dict()) == here
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="found 'cuda', expected 'cpu'"):
+        Environment.current("cuda")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_any_field_that_differs_is_named(name: str) -> None:
+    other = dataclasses.replace(ONE, **{name: "other"})
+    assert ONE.diff(other) == [f"{name}: some {name} != other"]
+    assert other.diff(ONE) == [f"{name}: other != some {name}"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_unknown_equals_nothing_itself_included(name: str) -> None:
+    unknown = dataclasses.replace(ONE, **{name: UNKNOWN})
+    assert unknown.diff(unknown) == [f"{name}: unknown != unknown"]
+    assert len(ONE.diff(unknown)) == len(unknown.diff(ONE)) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [lambda d: d.pop("arch"), lambda d: d.update(colour="red"), lambda d: d.update(threads=4)]
+)
+def test_from_dict_refuses_anything_else(change: object) -> None:
+    data = ONE.to_dict()
+    change(data)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="environment"):
+        Environment.from_dict(data)
+
+
+def test_names_for_people_and_folders() -> None:
+    env = dataclasses.replace(ONE, device="cpu", arch="GenuineIntel 6 85/7", isa="avx2+avx512f")
+    assert env.machine == "cpu GenuineIntel 6 85/7 avx2+avx512f"
+    assert env.slug == "cpu-genuineintel-6-85-7"
+
+
+def test_a_machine_that_says_nothing_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_cpuinfo", dict)
+    here = Environment.current()
+    assert here.isa == UNKNOWN and here.arch == UNKNOWN
+    assert {line.partition(":")[0] for line in here.diff(here)} == {"isa", "arch"}
+
+
+def test_arm_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {"CPU implementer": "0x41", "CPU part": "0xd40", "Features": "fp asimd sve bf16 i8mm"}
+    monkeypatch.setattr(environment, "_cpuinfo", lambda: info)
+    here = Environment.current()
+    assert here.isa == "sve+asimd+bf16+i8mm" and here.arch.endswith("0x41 0xd40")
+
+
+def test_changed_threads_are_another_environment() -> None:
+    here, threads = Environment.current(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert here.diff(Environment.current()) == [f"threads: {threads} != {threads + 1}"]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_private_cache_is_a_plausible_size() -> None:
+    size = environment.private_cache_bytes()
+    assert size is None or 2**14 <= size <= 2**28
