@@ -31,7 +31,7 @@ class Policy:
 
     max_error: float = 1e-2
     objective: str = "latency"
-    overhead_ns: float = 3000.0
+    overhead_ns: float = 5000.0
     tie: float = 0.02
     max_form_bytes: int | None = None
 

@@ -11,7 +11,7 @@ _function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.maybe_current_level
 _tracing = torch._C._is_tracing
 _any_autocast = torch._C._is_any_autocast_enabled
-_grad_enabled = torch.is_grad_enabled
+grad_enabled = torch.is_grad_enabled
 _Tensor, _Parameter, _strided = torch.Tensor, torch.nn.Parameter, torch.strided
 
 # True only while torch.compile or torch.export reads the code; eager calls pay one cheap call for it.
@@ -37,22 +37,6 @@ def _only_default_devices() -> bool:
     return all(type(mode) is DeviceContext for mode in modes)
 
 
-def ambient_objection() -> str | None:
-    """Why the state of this thread asks for the framework's own operator, or None."""
-    if _any_autocast():
-        return "autocast"
-    # transform_objection's conditions once more: every call asks, and nearly every answer is no.
-    if (
-        _dispatch_modes()
-        or _functorch_level() is not None
-        or _tracing()
-        or _function_modes()
-        or forward_ad._current_level >= 0
-    ):
-        return transform_objection()
-    return None
-
-
 def tensor_objection(x: object, dtype: torch.dtype) -> str | None:
     """Why ``x`` itself asks for the framework, or None: subclass, dtype, device or layout."""
     if type(x) is not _Tensor and type(x) is not _Parameter:
@@ -67,9 +51,17 @@ def tensor_objection(x: object, dtype: torch.dtype) -> str | None:
     return None
 
 
+def objection(x: object, dtype: torch.dtype) -> str | None:
+    """Why the framework must serve a call on ``x``: ``x`` itself, or the state of this thread; or None."""
+    reason = tensor_objection(x, dtype)
+    if reason is not None:
+        return reason
+    return "autocast" if _any_autocast() else transform_objection()
+
+
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd would record an operator on these tensors."""
-    if _grad_enabled():
+    if grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True

@@ -81,7 +81,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``optimize`` did to a model. Prints as a table, one line a module."""
+    """What ``optimize`` did to a model. Prints a line for each kind of swap; ``swaps`` names every module."""
 
     swaps: tuple[Swap, ...]
 
@@ -91,10 +91,13 @@ class Report:
         return sum(swap.done for swap in self.swaps)
 
     def __str__(self) -> str:
-        lines = [f"{self.swapped} of {len(self.swaps)} modules dispatch"]
-        width = max((len(swap.path) for swap in self.swaps), default=0)
+        alike: dict[tuple[bool, str, str], list[str]] = {}
         for swap in self.swaps:
-            lines.append(f"  {'+' if swap.done else '-'} {swap.path:<{width}}  {swap.op}: {swap.note}")
+            alike.setdefault((swap.done, swap.op, swap.note), []).append(swap.path)
+        lines = [f"{self.swapped} of {len(self.swaps)} modules dispatch"]
+        for (done, op, note), paths in alike.items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            lines.append(f"  {'+' if done else '-'} {paths[0]}{more}  {op}: {note}")
         return "\n".join(lines)
 
 

@@ -204,13 +204,14 @@ def test_a_table_of_defaults_changes_nothing() -> None:
     assert runtime.optimize(nn.Sequential(nn.Linear(K, N))).swapped == 0
 
 
-def test_reports_read_as_tables() -> None:
-    report = Report((Swap("a.b", "linear", True, "packed"), Swap("c", "linear", False, "has hooks")))
-    assert report.swapped == 1
+def test_reports_say_what_is_alike_once() -> None:
+    swaps = [Swap("a.b", "linear", True, "packed"), Swap("c", "linear", False, "has hooks")]
+    report = Report((*swaps, Swap("a.d", "linear", True, "packed")))
+    assert report.swapped == 2
     assert str(report).splitlines() == [
-        "1 of 2 modules dispatch",
-        "  + a.b  linear: packed",
-        "  - c    linear: has hooks",
+        "2 of 3 modules dispatch",
+        "  + a.b and 1 more  linear: packed",
+        "  - c  linear: has hooks",
     ]
     assert str(Report(())) == "0 of 0 modules dispatch"
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from dks.dispatch.ops.linear.serve import PreparedLinear, linear_then_activation
-from dks.dispatch.served import Watch
+from dks.dispatch.ops.linear.pair import linear_then_activation
+from dks.dispatch.ops.linear.serve import PreparedLinear
+from dks.dispatch.watch import Watch
 
 PACKED = "mkldnn.linear_packed"
 SIZES = (8, 16)
@@ -442,6 +443,16 @@ def test_moving_a_whole_model(runtime: Any) -> None:
     assert hits(runtime) == 2
     model.double()
     assert model(x().double()).dtype == torch.float64 and fallbacks(runtime) == {"dtype": 2}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted(runtime: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    wanted = model(x())
+    runtime.optimize(model)
+    scripted = torch.jit.script(model)
+    assert torch.allclose(scripted(x()), wanted) and list(scripted.state_dict()) == list(model.state_dict())
+    assert runtime.optimize(model).swapped == 1, "scripting put the framework's layer back"
 
 
 def test_compiled_whole(runtime: Any) -> None:

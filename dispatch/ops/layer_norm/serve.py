@@ -10,18 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling
+from dks.dispatch.prepared import PreparedModule, parameter_objection
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import (
-    DTYPE_NAMES,
-    PreparedModule,
-    Server,
-    children,
-    parameter_objection,
-    replace,
-    swap_note,
-    tensors_objection,
-)
+from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+from dks.dispatch.swap import bind_again, children, replace, swap_note
 
 
 class LayerNormServer(Server):
@@ -84,7 +77,7 @@ class LayerNormServer(Server):
         made: dict[nn.Module, PreparedLayerNorm] = {}  # one layer under two names stays one layer
         for parent, name, where, child in children(model):
             if isinstance(child, PreparedLayerNorm):
-                swaps += self.bind_again(where, child)
+                swaps += bind_again(self, where, child)
             elif type(child) is nn.LayerNorm:  # a subclass means something by being one
                 swaps.append(self._swap_one(parent, where, name, child, made))
         return swaps

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from dks.dispatch.ambient import is_compiling
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
+from dks.dispatch.ops.linear.pair import linear_note, linear_then_activation
+from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import (
-    DTYPE_NAMES,
-    PreparedModule,
-    Server,
-    attachment_note,
-    children,
-    join,
-    parameter_objection,
-    replace,
-    swap_note,
-    tensors_objection,
-)
+from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+from dks.dispatch.swap import bind_again, children, join, replace
 
 
 class LinearServer(Server):
@@ -108,7 +98,7 @@ class LinearServer(Server):
         made: dict[nn.Module, PreparedLinear] = {}  # one layer under two names stays one layer
         for parent, name, where, child in children(model):
             if isinstance(child, PreparedLinear):
-                swaps += self.bind_again(where, child)
+                swaps += bind_again(self, where, child)
             # Any other subclass means something by being one.
             elif type(child) is nn.Linear or type(child) is ActivatedLinear:
                 swaps.append(self._swap_one(parent, where, name, child, made))
@@ -137,7 +127,7 @@ class LinearServer(Server):
         linear: nn.Linear,
         made: dict[nn.Module, PreparedLinear],
     ) -> Swap:
-        note = _swap_note(linear)
+        note = linear_note(linear)
         if note is not None:
             return Swap(where, self.op, False, note)
         layer = made.get(linear)
@@ -223,88 +213,3 @@ def _objection(x: Any, weight: Any, bias: Any) -> str | None:
     if not (x.is_contiguous() and weight.is_contiguous() and (bias is None or bias.is_contiguous())):
         return "strides"
     return "zero_sized" if 0 in weight.shape else None
-
-
-def _swap_note(linear: nn.Linear) -> str | None:
-    note = swap_note(linear) or parameter_objection(linear.weight, linear.bias)
-    return note or ("shape" if linear.weight.dim() != 2 else None)
-
-
-def linear_then_activation(parent: nn.Module) -> tuple[str, nn.Linear, str, str] | None:
-    """(linear's name, linear, activation's name, epilogue) of a module that is one after the other, or None.
-
-    Found by behaviour, not by name: the activation must equal one of the epilogues on a grid of values, and
-    the module must call what the two call in turn, and return the same, in training and in evaluation. What
-    that can't show is ruled out by form: the module has nothing else that could matter, now or later.
-    """
-    held = list(parent._modules.items())
-    if len(held) != 2 or not _only_forwards(parent):
-        return None
-    (name, linear), (act_name, activation) = held
-    if type(linear) is not nn.Linear or _swap_note(linear) is not None:
-        return None
-    if activation is None or attachment_note(activation) is not None or _holds_tensors(activation):
-        return None
-    modes = [(module, module.training) for module in parent.modules()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            epilogue = _epilogue_of(activation)
-            is_pair = all(_equal(parent.train(mode), linear, activation) for mode in (True, False))
-    except Exception:  # whatever a stranger's module raises on such input, it is then no such pair
-        return None
-    finally:
-        for module, training in modes:
-            module.training = training
-    return (name, linear, act_name, epilogue) if epilogue is not None and is_pair else None
-
-
-def _only_forwards(parent: nn.Module) -> bool:
-    """Whether ``parent`` has no state of its own, and one method of one argument that uses its children."""
-    if attachment_note(parent) is not None or parent._parameters or parent._buffers:
-        return False
-    own = (value for name, value in vars(parent).items() if name != "training" and not name.startswith("_"))
-    if any(isinstance(value, (bool, int, float, torch.Tensor)) for value in own):
-        return False
-    kind = type(parent)
-    if kind is nn.Sequential:
-        return True
-    methods = {name for name, value in vars(kind).items() if callable(value) or isinstance(value, property)}
-    if kind.__bases__ != (nn.Module,) or not methods <= {"__init__", "forward"}:
-        return False
-    return len(inspect.signature(parent.forward).parameters) == 1
-
-
-def _holds_tensors(module: nn.Module) -> bool:
-    return bool([*module.parameters(), *module.buffers()])
-
-
-def _epilogue_of(activation: nn.Module) -> str | None:
-    """The epilogue that equals ``activation`` from the smallest to the largest float32, or None."""
-    tail = torch.logspace(-38.0, 38.0, 512, dtype=torch.float32, device="cpu")
-    middle = torch.linspace(-16.0, 16.0, 2049, dtype=torch.float32, device="cpu")
-    grid = torch.cat((middle, tail, -tail))
-    seen = activation(grid.clone())
-    return next((e for e, f in EPILOGUES.items() if e != "none" and torch.equal(f(grid), seen)), None)
-
-
-def _equal(parent: nn.Module, linear: nn.Linear, activation: nn.Module) -> bool:
-    """Whether ``parent`` calls just what the two in turn call, and returns what they return."""
-    k = linear.weight.shape[1]
-    x = torch.linspace(-1.0, 1.0, 2 * k, dtype=linear.weight.dtype, device="cpu").view(2, k)
-    with _Calls() as of_parent:
-        found = parent(x)
-    with _Calls() as of_pair:
-        wanted = activation(linear(x))
-    return of_parent.seen == of_pair.seen and torch.equal(found, wanted)
-
-
-class _Calls(TorchFunctionMode):
-    """Notes every function of torch that is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
