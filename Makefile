@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 # PyTorch keeps its CPU builds on an index of its own; the default index's torch brings gigabytes of CUDA.
 # Used where it can be reached; otherwise pip takes the pinned torch from wherever it is configured to look.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-EXTRAS := dev
 
 .PHONY: help setup setup-demo test lint demo bench clean
 

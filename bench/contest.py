@@ -23,6 +23,7 @@ class Contestant:
 
     id: str
     label: str
+    dtype: str  # of the activations
     run: Callable[[Batch], torch.Tensor]
     peer: str | None = None
     target: float | None = None
@@ -33,7 +34,10 @@ class Contestant:
 
 
 def warm_up(contestants: list[Contestant], batches: Sequence[Batch], console: Console) -> None:
-    """Two calls of every row on every shape, so that nothing is compiled later; a row that fails is dropped."""
+    """Two calls of every row, the compiled one on every shape, so that nothing is compiled later.
+
+    A row that fails is dropped, and the scoreboard says that it is missing.
+    """
     for contestant in list(contestants):
         start = time.perf_counter()
         try:

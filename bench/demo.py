@@ -25,6 +25,7 @@ from bench.report import ROOT, environment_lines
 from bench.requests import Request, requests
 from bench.scoreboard import report
 from dks.dispatch.runtime import Runtime
+from dks.dispatch.served import DTYPE_NAMES
 
 HOME = ROOT / "runs" / "demo"
 MAX_TOKENS = 128  # the length the model was trained with, as its model card says
@@ -34,10 +35,10 @@ SEED = 7
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=20, help="distinct requests [20]")
-    parser.add_argument("--seconds", type=float, default=75.0, help="time for the interleaved run [75]")
+    parser.add_argument("--seconds", type=float, default=90.0, help="time for the interleaved run [90]")
     parser.add_argument("--config", type=Path, default=CONFIG)
     options = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print("\n".join(environment_lines()), highlight=False)
 
     say(console, "1. profile every kernel that could serve the model's operators (resumes)")
@@ -56,16 +57,17 @@ def main() -> None:
     say(console, "4. measure every kernel on exactly these requests, for the oracle (resumes)")
     shapes = [batch["input_ids"].shape for batch in batches]
     masked = [bool((batch["attention_mask"] == 0).any()) for batch in batches]
-    oracles = {
-        "exact": oracle_runtime(options.config, HOME / "hindsight", shapes, masked, torch.float32, 1e-5),
-        "bf16": oracle_runtime(options.config, HOME / "hindsight", shapes, masked, dtype, 1e-2),
-    }
+
+    def oracle(to: torch.dtype, max_error: float) -> Runtime:
+        return oracle_runtime(options.config, folder, HOME / "hindsight", shapes, masked, to, max_error)
+
+    oracles = {"exact": oracle(torch.float32, 1e-5), "bf16": oracle(dtype, 1e-2)}
 
     say(console, "5. serve, interleaved")
     contestants = line_up(model, exact, bf16, dtype, oracles)
     warm_up(contestants, batches, console)
     order = serve(contestants, batches, options.seconds, SEED)
-    report(console, contestants, served, order)
+    sys.exit(0 if report(console, contestants, served, order) else 1)
 
 
 def say(console: Console, text: str) -> None:
@@ -117,28 +119,20 @@ def line_up(
         print(package.optimize(net), flush=True)
         return runner(net)
 
-    static = Contestant("static-fp32", "static fp32", runner(copy.deepcopy(model)))
-    half = Contestant("static-bf16", "static bf16", runner(copy.deepcopy(model).to(torch.bfloat16)), "static-fp32")
-    compiled = Contestant(
-        "compiled", "compiled", runner(torch.compile(copy.deepcopy(model), dynamic=True)), "static-fp32"
-    )
-    ours = [
-        Contestant(
-            "dks-exact",
-            "DKS exact",
-            dispatched(exact, torch.float32),
-            "static-fp32",
-            1.1,
-            "oracle-exact",
-            exact.stats,
-        ),
-        Contestant("dks-bf16", "DKS bf16", dispatched(bf16, dtype), "static-bf16", 1.15, "oracle-bf16", bf16.stats),
+    name = DTYPE_NAMES[dtype]
+    wide, half = copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)
+    compiled = torch.compile(copy.deepcopy(model), dynamic=True)
+    on_exact, on_bf16 = dispatched(exact, torch.float32), dispatched(bf16, dtype)
+    best_exact, best_bf16 = dispatched(oracles["exact"], torch.float32), dispatched(oracles["bf16"], dtype)
+    return [
+        Contestant("static-fp32", "static fp32", "float32", runner(wide)),
+        Contestant("static-bf16", "static bf16", "bfloat16", runner(half), "static-fp32"),
+        Contestant("compiled", "compiled", "float32", runner(compiled), "static-fp32"),
+        Contestant("dks-exact", "DKS exact", "float32", on_exact, "static-fp32", 1.1, "oracle-exact", exact.stats),
+        Contestant("dks-bf16", "DKS bf16", name, on_bf16, "static-bf16", 1.15, "oracle-bf16", bf16.stats),
+        Contestant("oracle-exact", "oracle 1e-5", "float32", best_exact, "static-fp32"),
+        Contestant("oracle-bf16", "oracle 1e-2", name, best_bf16, "static-bf16"),
     ]
-    best = [
-        Contestant("oracle-exact", "oracle, 1e-5", dispatched(oracles["exact"], torch.float32), "static-fp32"),
-        Contestant("oracle-bf16", "oracle, 1e-2", dispatched(oracles["bf16"], dtype), "static-bf16"),
-    ]
-    return [static, half, compiled, *ours, *best]
 
 
 if __name__ == "__main__":

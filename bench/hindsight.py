@@ -6,19 +6,24 @@ median without regard to ties or to the framework's default.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from dks.codegen.compile import compile_extension
+from dks.codegen.cpp import render_header
+from dks.codegen.package import LOOKUP
 from dks.dispatch import pool
 from dks.dispatch.bins import Bins
-from dks.dispatch.evidence import Measurement, read_rows
+from dks.dispatch.evidence import Measurement, read_run
 from dks.dispatch.problem import Candidate, Problem
-from dks.dispatch.runtime import Runtime
+from dks.dispatch.runtime import Find, Runtime
 from dks.dispatch.served import DTYPE_NAMES
 from dks.dispatch.table import Group, Rule, Table
 from dks.profiler.config import OperatorSweep, Sweep, WeightedProblem, load
@@ -29,6 +34,7 @@ WIDEST = 1e-2  # both budgets of the demo share one run directory, so both measu
 
 def oracle_runtime(
     config: Path,
+    profile: Path,
     folder: Path,
     shapes: Sequence[Sequence[int]],
     masked: Sequence[bool],
@@ -38,25 +44,51 @@ def oracle_runtime(
     """Measure the config's operators on the shapes of a run, and serve the fastest of each.
 
     Args:
-        config: the sweep whose weights and candidates are taken.
-        folder: run directory; what it holds already is not measured again.
+        config: the sweep whose weights are taken.
+        profile: its run directory; a candidate takes part if it was inside the widest budget there.
+        folder: run directory of the oracle; what it holds already is not measured again.
         shapes: (texts, tokens) of each request; masked: whether it is padded.
         dtype: of the activations.
         max_error: the budget.
     """
-    sweep = at_shapes(load(config), shapes, masked, DTYPE_NAMES[dtype])
+    name = DTYPE_NAMES[dtype]
+    inside = {
+        row.candidate
+        for row in read_run(profile)
+        if row.status == "ok" and (row.error or 0.0) <= WIDEST and Problem.parse(row.problem).trait("dtype") == name
+    }
+    sweep = at_shapes(load(config), shapes, masked, name, inside)
     rows: list[Measurement] = []
 
     def collect(event: Event) -> None:
-        rows.extend(read_rows(event.task.path))
+        rows.extend(event.rows)
         if not event.reused and (event.done % 10 == 0 or event.done == event.total):
             print(f"[{event.done}/{event.total}] {event.task.problem.id}", flush=True)
 
     run_sweep(sweep, folder, notify=collect)
-    return Runtime("oracle_" + DTYPE_NAMES[dtype], oracle_table(rows, max_error))
+    table = oracle_table(rows, max_error)
+    return Runtime(f"oracle_{name}", table, find=_compiled(table, folder))
 
 
-def at_shapes(sweep: Sweep, shapes: Sequence[Sequence[int]], masked: Sequence[bool], dtype: str) -> Sweep:
+def _compiled(table: Table, folder: Path) -> Find | None:
+    """The compiled lookup, as the generated packages have it: the oracle pays no more for a choice."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="_lookup-") as temporary:
+        header = render_header("oracle", table, LOOKUP.read_text(encoding="utf-8"))
+        (Path(temporary) / "table.hpp").write_text(header, encoding="utf-8")
+        built = compile_extension(Path(temporary), "oracle")
+        if built.path is None:
+            return None
+        spec = importlib.util.spec_from_file_location("_lookup", built.path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    find: Find = module.find
+    return find
+
+
+def at_shapes(
+    sweep: Sweep, shapes: Sequence[Sequence[int]], masked: Sequence[bool], dtype: str, candidates: Collection[str]
+) -> Sweep:
     """The sweep's problems at other dynamic sizes: those of a run, each once."""
     points = sorted({(*shape, mask) for shape, mask in zip(shapes, masked, strict=True)})
     parts = []
@@ -73,16 +105,14 @@ def at_shapes(sweep: Sweep, shapes: Sequence[Sequence[int]], masked: Sequence[bo
             sizes = {"m": batch * tokens, "b": batch, "q": tokens, "kv": tokens}
             dims = {name: sizes.get(name, size) for name, size in kind.dims}
             problems[Problem.of(kind.op, dict(kind.traits), dims, kind.align)] = None
-        kernels = pool.kernels()
         inside = tuple(
-            c for c in part.candidates
-            if dtype in kernels[c.kernel].precision and kernels[c.kernel].precision[dtype].limit <= WIDEST
-        )  # fmt: skip
+            c for c in part.candidates if c.id in candidates or c.kernel == pool.operator(part.op).default
+        )
         weighted = tuple(WeightedProblem(problem, 1.0) for problem in problems)
         parts.append(OperatorSweep(op=part.op, problems=weighted, candidates=inside, bins=_bins(part.op, problems)))
     # The smallest of several medians is all that is asked here, not an interval that excludes a tie.
     measure = replace(sweep.measure, min_rounds=12, max_rounds=50, seconds=0.8)
-    return replace(sweep, operators=tuple(parts), measure=measure)
+    return replace(sweep, name=f"{sweep.name}_hindsight", operators=tuple(parts), measure=measure)
 
 
 def _bins(op: str, problems: Iterable[Problem]) -> dict[str, Bins]:

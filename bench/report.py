@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -44,13 +45,18 @@ class Row:
             "id": self.id,
             "workload": self.workload,
             "peer": self.peer,
-            "ratio": ratio and round(ratio.value, 4),
-            "ci_low": ratio and round(ratio.low, 4),
-            "ci_high": ratio and round(ratio.high, 4),
+            "ratio": ratio and finite(ratio.value),
+            "ci_low": ratio and finite(ratio.low),
+            "ci_high": ratio and finite(ratio.high),
             "pairs": ratio and ratio.n,
             "target": self.target,
             **self.extra,
         }
+
+
+def finite(value: float) -> float | None:
+    """Four decimals; None for an end that too few pairs leave open."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def write_result(name: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> Path:
@@ -58,13 +64,15 @@ def write_result(name: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> P
     path = ROOT / "runs" / name / "result.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "environment": Environment.current().to_dict(),
         "commit": commit(),
         "notes": list(notes),
         "rows": [row.to_json() for row in rows],
     }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
     return path
 
 

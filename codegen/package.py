@@ -177,8 +177,9 @@ def _put_in_place(new: Path, target: Path) -> bool:
         target.rename(old)
         try:
             new.rename(target)
-        except OSError:
-            old.rename(target)
+        except BaseException:  # an interruption too must leave a package in place
+            if not target.exists():
+                old.rename(target)
             raise
         return True
     new.rename(target)

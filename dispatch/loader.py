@@ -88,14 +88,24 @@ def damaged(folder: Path, manifest: Manifest) -> list[str]:
         path = folder / name
         if "/" in name or path.is_symlink() or not path.is_file():
             lines.append(f"{name}: missing or not a plain file")
-        elif path.stat().st_size > MAX_FILE_BYTES or file_digest(path) != digest:
+            continue
+        try:
+            same = path.stat().st_size <= MAX_FILE_BYTES and file_digest(path) == digest
+        except OSError as error:
+            lines.append(f"{name}: can't be read ({error.strerror})")
+            continue
+        if not same:
             lines.append(f"{name}: changed since it was built")
     return lines
 
 
 def misfits(manifest: Manifest) -> list[str]:
     """One line for each field of the environment that differs here."""
-    return manifest.environment.diff(Environment.current(manifest.environment.device))
+    try:
+        here = Environment.current(manifest.environment.device)
+    except ValueError as error:
+        return [str(error)]
+    return manifest.environment.diff(here)
 
 
 def dead_kernels(manifest: Manifest) -> dict[str, str]:

@@ -31,7 +31,7 @@ def kernels() -> dict[str, Kernel]:
     """Every kernel by id: each module in an operator's folder that has a ``KERNEL``.
 
     Raises:
-        ValueError: two kernels share an id, or one declares no exact rank below the default's.
+        ValueError: two kernels share an id.
     """
     pool: dict[str, Kernel] = {}
     for folder in _modules(ops):

@@ -187,7 +187,7 @@ class Runtime:
             swaps += server.swap(model)
         return Report(tuple(swaps))
 
-    def explain(self, op: str, *, align: int = MAX_ALIGNMENT, **asked: int | str) -> Choice:
+    def explain(self, op: str, /, *, align: int = MAX_ALIGNMENT, **asked: int | str) -> Choice:
         """What a call would run, and why.
 
         Args:

@@ -20,7 +20,7 @@ from dks.dispatch.evidence import Measurement, read_run
 from dks.dispatch.problem import Problem
 from dks.profiler.config import load
 from dks.profiler.forms import duration
-from dks.profiler.sweep import Event, run_sweep
+from dks.profiler.sweep import Event, run_sweep, set_aside
 
 
 class Duration(click.ParamType[float]):
@@ -68,7 +68,7 @@ def run(
     \b
     dks-profile run configs/minilm.yaml -o runs/minilm --budget 5m
     """
-    sweep = load(config)
+    sweep = whole = load(config)
     if ops is not None:
         sweep = sweep.restrict([name for name in ops.split(",") if name])
     wanted = device or sweep.device
@@ -80,6 +80,8 @@ def run(
         outcome = run_sweep(
             sweep, folder, budget_s=budget if budget is not None else sweep.budget, fresh=fresh, notify=notify
         )
+    for name in set_aside(whole, folder):
+        click.echo(f"set aside: {folder / name}: the config no longer has this problem")
     took = time.monotonic() - started
     click.echo(
         f"{outcome.measured} problems measured, {outcome.reused} reused, {len(outcome.unfinished)} unfinished "
@@ -142,7 +144,7 @@ def show(folder: Path, op: str | None) -> int:
     \b
     dks-profile show runs/minilm --op linear
     """
-    rows = read_run(folder)
+    rows = [row for row in read_run(folder) if row.op in pool.operators()]
     if op is not None:
         try:
             pool.operator(op)

@@ -22,7 +22,7 @@ from dks.profiler.timing import Level, Rounds
 CACHE_STATE = "cold_weights"
 ENERGY_NOTE = "no energy counter is read yet"
 MAX_COPIES = 8
-OUTLIER_ROWS = 64  # error on outliers does not depend on how many rows there are: a small problem shows it
+OUTLIER_SIZE = 64  # of each dynamic dim in the outlier check: enough rows to show the range of a whole tensor
 
 
 @dataclass
@@ -140,9 +140,7 @@ class Bench:
         known = self._outlier_errors.get(candidate)
         if known is None:
             operator = pool.operator(problem.op)
-            sizes = {
-                name: min(size, OUTLIER_ROWS) if name in operator.dynamic else size for name, size in problem.dims
-            }
+            sizes = {name: OUTLIER_SIZE if name in operator.dynamic else size for name, size in problem.dims}
             small = Problem.of(problem.op, dict(problem.traits), sizes, problem.align)
             inputs = Inputs(self._weights[0], self._inputs(small, "outliers").dynamic)
             known = relative_error(run(*inputs.dynamic), operator.reference(small, inputs))

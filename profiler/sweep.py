@@ -26,6 +26,7 @@ from dks.profiler.measure import Bench
 from dks.profiler.timing import Rounds, StoppingRule
 
 RUN_FILE = "_run.json"
+LOCK_FILE = "_lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ def run_sweep(
         torch.set_num_threads(sweep.threads)
     environment = Environment.current(sweep.device)
     with _locked(folder):
+        _refuse_strangers(folder)
         if fresh:
             _forget(folder)
         _claim(folder, sweep, environment)
@@ -151,7 +153,7 @@ def _run(
 def _winnerless(task: Task, rows: list[Measurement]) -> bool:
     default = pool.operator(task.problem.op).default
     failed = any(row.status in ("failed", "wrong_result") for row in rows)
-    return failed and not any(row.status == "ok" and row.candidate != default for row in rows)
+    return failed and not any(row.samples_ns and row.candidate != default for row in rows)
 
 
 @contextmanager
@@ -159,7 +161,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold the run directory for this process. The kernel drops the lock with the process, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "_lock").open("w")
+        file = (folder / LOCK_FILE).open("w")
     except OSError as error:
         raise BadInput(f"{folder}: can't be written ({error.strerror}); choose another -o RUN_DIR") from None
     with file:
@@ -173,24 +175,35 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _refuse_strangers(folder: Path) -> None:
+    """Refuse a directory that holds anything and is no run directory."""
+    strangers = [p.name for p in folder.iterdir() if not p.name.startswith("_")]
+    if strangers and not (folder / RUN_FILE).exists():
+        (folder / LOCK_FILE).unlink()
+        raise BadInput(
+            f"{folder}: found {strangers[0]!r} in it and no {RUN_FILE}, expected a run directory or an "
+            "empty one; choose another -o RUN_DIR"
+        )
+
+
 def _claim(folder: Path, sweep: Sweep, environment: Environment) -> None:
-    """Make ``folder`` the run directory of this environment, or refuse."""
+    """Make ``folder`` the run directory of this config and environment, or refuse."""
     path = folder / RUN_FILE
-    ours = {"config": sweep.name, "environment": environment.to_dict()}
     if not path.exists():
-        strangers = [p.name for p in folder.iterdir() if not p.name.startswith("_")]
-        if strangers:
-            raise BadInput(
-                f"{folder}: found {strangers[0]!r} in it and no {RUN_FILE}, expected a run directory or an "
-                "empty one; choose another -o RUN_DIR"
-            )
+        ours = {"config": sweep.name, "environment": environment.to_dict()}
         path.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
         return
     try:
-        held = Environment.from_dict(json.loads(path.read_text(encoding="utf-8"))["environment"])
+        held = json.loads(path.read_text(encoding="utf-8"))
+        config, theirs = held["config"], Environment.from_dict(held["environment"])
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BadInput(f"{path}: {error}; delete the directory, or measure into another -o RUN_DIR") from None
-    different = held.diff(environment)
+        raise BadInput(f"{path}: {error}; use --fresh, or measure into another -o RUN_DIR") from None
+    if config != sweep.name:
+        raise BadInput(
+            f"{folder}: found results of config {config!r}, expected {sweep.name!r}: they would end in one "
+            "table; use --fresh to drop them, or another -o RUN_DIR"
+        )
+    different = theirs.diff(environment)
     if different:
         raise BadInput(
             f"{folder}: found results of another environment ({'; '.join(different)}), expected this one: "
@@ -198,7 +211,20 @@ def _claim(folder: Path, sweep: Sweep, environment: Environment) -> None:
         )
 
 
+def set_aside(sweep: Sweep, folder: Path) -> list[str]:
+    """Rename the files of problems that the whole config no longer has, so that no table takes them.
+
+    Returns:
+        their new names, which begin with ``_stale-``.
+    """
+    wanted = {f"{w.problem.slug}.parquet" for part in sweep.operators for w in part.problems}
+    stale = sorted(path for path in folder.glob("*.parquet") if path.name not in wanted and path.name[0] != "_")
+    return [path.rename(folder / f"_stale-{path.name}").name for path in stale]
+
+
 def _forget(folder: Path) -> None:
+    """Drop what a sweep wrote here, and nothing else."""
     for path in folder.iterdir():
-        if path.suffix == ".parquet" or path.name == RUN_FILE or path.name.startswith("_partial-"):
+        ours = path.suffix == ".parquet" and read_plan(path) is not None
+        if ours or path.name == RUN_FILE or path.name.startswith("_partial-"):
             path.unlink()

@@ -9,7 +9,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 from dks.dispatch.intervals import paired_ratio
@@ -20,6 +20,10 @@ Clock = Callable[[], int]
 
 LOOK = 5
 """Intervals are looked at every so many rounds: each costs a sort."""
+
+FIRST_LOOK = 6
+"""Rounds that every candidate takes part in: the fewest that give a median an interval, so that a policy which
+rules the fastest out still finds evidence for the others."""
 
 Level = tuple[int, int]
 """What a candidate asks of its caller: precision class (0 is exact) and whether its weight must be packed."""
@@ -41,8 +45,8 @@ class StoppingRule:
         precision: enough is known once every contender's ratio interval is narrower than +- this share,
             and two candidates closer than it are not told apart.
         trailing: a candidate gets no more samples once its interval lies wholly behind one that could serve
-            in its stead; after three rounds, which have no interval, if its fastest sample is this many
-            times slower than that one's median.
+            in its stead, or its fastest sample is this many times slower than that one's median.
+        racing: False keeps every candidate to the end.
     """
 
     min_rounds: int = 10
@@ -50,6 +54,7 @@ class StoppingRule:
     seconds: float = 1.0
     precision: float = 0.02
     trailing: float = 1.5
+    racing: bool = True
 
     def contenders(
         self, samples: Mapping[str, Sequence[int]], default: str, levels: Mapping[str, Level]
@@ -57,7 +62,9 @@ class StoppingRule:
         """The candidates that the next round measures, in the order of ``samples``; the default always."""
         rounds = len(samples[default])
         active = [name for name, times in samples.items() if len(times) == rounds]
-        if rounds != 3 and (rounds == 0 or rounds % LOOK):
+        if not self.racing:
+            return active
+        if rounds != FIRST_LOOK and (rounds < FIRST_LOOK or rounds % LOOK):
             return active
         return [n for n in active if n == default or not self._hopeless(n, active, samples, levels)]
 
@@ -107,7 +114,6 @@ class Rounds:
     rule: StoppingRule
     rng: random.Random
     clock: Clock = time.perf_counter_ns
-    _warmups: int = field(default=1, repr=False)
 
     def run(
         self,
@@ -125,8 +131,8 @@ class Rounds:
         """
         samples: dict[str, list[int]] = {name: [] for name in calls}
         for copies in calls.values():
-            for _ in range(self._warmups):
-                copies[-1]()
+            for copy in copies:  # the first call on a fresh copy pays for more than its weights
+                copy()
         start = self.clock()
         collecting = gc.isenabled()
         gc.disable()  # a collection inside a sample would be charged to whichever candidate it hits

@@ -101,6 +101,8 @@ def test_another_schema_version(folder: Path, tmp_path: Path) -> None:
         (("explain", "{built}", "conv", "m=1"), "conv"),
         (("explain", "{built}", "linear", "m=1", "n=1", "k=1", "dtype=int3"), "int3"),
         (("explain", "{built}", "linear", "m:1"), "'m:1'"),
+        (("explain", "{built}", "linear", "op=1"), "found op"),
+        (("explain", "{built}", "linear", "self=1"), "found self"),
         (("explain", "{built}", "linear", "m=1", "n=1", "k=1", "align=3"), "power of two"),
     ],
 )

@@ -58,6 +58,17 @@ def test_every_candidate_gets_a_row_with_samples_and_an_error() -> None:
         assert quantized.error_outliers > 1e-2, "outliers must cost an int8 kernel its 1e-2 budget"
 
 
+def test_the_error_on_outliers_does_not_depend_on_which_size_came_first() -> None:
+    errors = set()
+    for sizes in ((1, 8), (8,)):
+        made = bench()
+        for m in sizes:
+            problem = Problem.of("linear", dict(PROBLEM.traits), {**dict(PROBLEM.dims), "m": m})
+            rows = made.measure(problem, pool.candidates_for("linear"), 1.0)
+        errors.add(next(row.error_outliers for row in rows if row.candidate == "torch.linear"))
+    assert len(errors) == 1
+
+
 def wrong(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
     return lambda x: torch.nn.functional.linear(x, weight)  # forgets the bias
 

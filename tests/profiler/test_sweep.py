@@ -113,12 +113,40 @@ def test_results_of_another_environment_are_never_mixed(config: Path, folder: Pa
         run_sweep(load(config), folder)
 
 
-def test_a_stranger_s_directory_is_refused(config: Path, folder: Path) -> None:
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", ["thesis.txt", "years.parquet"])
+def test_a_stranger_s_directory_is_refused_and_untouched(
+    config: Path, folder: Path, name: str, fresh: bool
+) -> None:
     folder.mkdir()
-    (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(BadInput, match=r"thesis\.txt"):
+    (folder / name).write_text("years of work")
+    with pytest.raises(BadInput, match=name):
+        run_sweep(load(config), folder, fresh=fresh)
+    assert [p.name for p in folder.iterdir()] == [name]
+    assert (folder / name).read_text() == "years of work"
+
+
+def test_fresh_drops_what_a_sweep_wrote_and_nothing_else(config: Path, folder: Path) -> None:
+    run_sweep(load(config), folder)
+    (folder / "mine.parquet").write_text("not a measurement")
+    run_sweep(load(config), folder, fresh=True)
+    assert (folder / "mine.parquet").read_text() == "not a measurement"
+
+
+def test_another_config_s_results_are_never_mixed(config: Path, folder: Path) -> None:
+    run_sweep(load(config), folder)
+    config.write_text(CONFIG.replace("name: small", "name: other"))
+    with pytest.raises(BadInput, match=r"config 'small', expected 'other'.*--fresh"):
         run_sweep(load(config), folder)
-    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_problem_the_config_no_longer_has_is_set_aside(config: Path, folder: Path) -> None:
+    assert command("run", config, "-o", folder).returncode == 0
+    config.write_text(CONFIG.replace("edges: [1, 8]", "edges: [1, 16]"))
+    done = command("run", config, "-o", folder, "--ops", "linear")
+    assert done.returncode == 0 and "set aside" in done.stdout
+    assert sorted({row.problem.split("(")[1][:4] for row in read_run(folder)}) == ["m=1,", "m=16", "m=4,"]
+    assert len(list(folder.glob("_stale-linear*m8*.parquet"))) == 1
 
 
 def test_two_sweeps_never_share_a_directory(config: Path, folder: Path) -> None:

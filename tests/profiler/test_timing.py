@@ -77,14 +77,24 @@ def test_min_rounds_are_finished_even_out_of_time() -> None:
     assert len(samples["default"]) == 8
 
 
-def test_a_trailing_candidate_stops_after_three_rounds_and_the_default_never() -> None:
+def test_a_trailing_candidate_stops_once_it_has_an_interval_and_the_default_never() -> None:
     samples = run(
         FakeMachine(),
         {"default": lambda: 5000, "good": lambda: 1000, "bad": lambda: 2000},
         StoppingRule(10, 100, 9, trailing=1.5),
         {"default": EXACT, "good": EXACT, "bad": EXACT},
     )
-    assert {name: len(times) for name, times in samples.items()} == {"default": 10, "good": 10, "bad": 3}
+    assert {name: len(times) for name, times in samples.items()} == {"default": 10, "good": 10, "bad": 6}
+
+
+def test_without_racing_everybody_stays() -> None:
+    samples = run(
+        FakeMachine(),
+        {"default": lambda: 5000, "good": lambda: 1000, "bad": lambda: 9000},
+        StoppingRule(10, 100, 9, racing=False),
+        dict.fromkeys(("default", "good", "bad"), EXACT),
+    )
+    assert {len(times) for times in samples.values()} == {10}
 
 
 def test_a_candidate_whose_interval_is_wholly_behind_stops_and_the_survivors_get_the_samples() -> None:
@@ -133,5 +143,5 @@ def test_weight_copies_rotate() -> None:
     Rounds(StoppingRule(7, 7, 9), random.Random(0), machine.clock).run(
         {"default": copies}, "default", {"default": EXACT}
     )
-    timed = machine.order[1:]
-    assert timed == [f"copy{i % 3}" for i in range(7)]
+    assert machine.order[:3] == ["copy0", "copy1", "copy2"], "each is warmed up before it counts"
+    assert machine.order[3:] == [f"copy{i % 3}" for i in range(7)]

@@ -14,9 +14,9 @@ def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inpu
     """weight ~ N(0, 1/k), so that outputs have unit variance on normal data; x (m, k)."""
     dtype = DTYPES[problem.trait("dtype")]
     m, n, k = (problem.dim(name) for name in ("m", "n", "k"))
-    x = draw_activations((m, k), generator, draw).to(dtype)
     weight = (torch.randn((n, k), generator=generator) / k**0.5).to(dtype)
     bias = torch.randn((n,), generator=generator).to(dtype) if problem.trait("bias") == "yes" else None
+    x = draw_activations((m, k), generator, draw).to(dtype)  # last, so that the weight is the same for every m
     return Inputs(static=(weight, bias), dynamic=(aligned(x, problem.align),))
 
 
