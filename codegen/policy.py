@@ -24,15 +24,15 @@ class Policy:
             takes the fastest kernel that packs no second copy of a weight; ``energy`` compares joules.
         overhead_ns: what a dispatched call costs beyond the framework's own, in Python: a challenger must
             save more than this, or dispatching to it makes the call slower.
-        tie: two candidates closer than this share of their time are tied, whatever their intervals say:
-            the spread between processes is wider than the one inside (a few percent).
+        tie: two candidates closer than this share of their time are tied, whatever their intervals say: an
+            interval knows the spread inside one process, and between processes medians differ by 2 to 7 %.
         max_form_bytes: largest packed form of one weight, in bytes; None is no limit.
     """
 
     max_error: float = 1e-2
     objective: str = "latency"
     overhead_ns: float = 5000.0
-    tie: float = 0.02
+    tie: float = 0.05
     max_form_bytes: int | None = None
 
     def __post_init__(self) -> None:
