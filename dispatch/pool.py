@@ -9,7 +9,7 @@ from types import ModuleType
 
 from dks.dispatch import ops
 from dks.dispatch.kernel import Kernel, Operator
-from dks.dispatch.problem import Candidate, Precision
+from dks.dispatch.problem import Candidate
 
 
 def _modules(package: ModuleType) -> list[ModuleType]:
@@ -61,8 +61,3 @@ def kernels_for(op: str) -> list[Kernel]:
 def candidates_for(op: str) -> list[Candidate]:
     """Every candidate of one operator, the framework's own first."""
     return [candidate for kernel in kernels_for(op) for candidate in kernel.candidates()]
-
-
-def precision_of(candidate: Candidate, dtype: str) -> Precision:
-    """The precision class that a candidate declares for these activations."""
-    return kernels()[candidate.kernel].precision[dtype]

@@ -8,7 +8,7 @@ import pytest
 
 from dks.dispatch import pool
 from dks.dispatch.kernel import DTYPES, source_digest
-from dks.dispatch.problem import Candidate, Precision, Problem
+from dks.dispatch.problem import Candidate, Problem
 
 
 def test_operators_are_the_folders() -> None:
@@ -46,13 +46,6 @@ def test_each_default_serves_every_trait_that_can_be_asked() -> None:
             assert default.objection(problem) is None
             assert operator.max_align(problem) in (2, 4, 8, 16, 32, 64)
             assert operator.key_bytes(problem) >= 0
-
-
-def test_precision_of() -> None:
-    assert pool.precision_of(Candidate("torch.linear"), "float32") is Precision.EXACT
-    assert pool.precision_of(Candidate("torch.weight_int4", (("group", 32),)), "bfloat16") is Precision.INT4
-    with pytest.raises(KeyError):
-        pool.precision_of(Candidate("torch.weight_int4"), "float32")
 
 
 def test_two_kernels_of_one_id_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
