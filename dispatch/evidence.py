@@ -7,25 +7,41 @@ names begin with ``_`` are not part of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
+from dks.dispatch.intervals import Interval, block_ratio
 from dks.dispatch.problem import Candidate, Problem
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_FILE_BYTES = 64 * 2**20  # a problem's rows take kilobytes; anything near this is not ours
 
-STATUSES = ("ok", "wrong_result", "failed", "unsupported", "unavailable")
+STATUSES = (
+    "ok",
+    "wrong_result",
+    "failed",
+    "crashed",
+    "timeout",
+    "out_of_memory",
+    "excluded",
+    "unsupported",
+    "unavailable",
+)
+ROLES = ("bin", "split", "held_out")
+CACHES = ("cold", "warm", "pipeline")
+FEWEST_CLEAN = 6  # undisturbed pairs that give a ratio an interval; with fewer, the disturbed ones count too
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +51,36 @@ class Measurement:
     Attributes:
         op: the operator's name.
         problem: ``Problem.id``.
+        role: bin (a bin's representative, as the config has it); split (one that the sweep added, where a bin
+            was too wide); held_out (a size inside a bin that no rule is made from: it says what the table is
+            worth between its representatives).
         candidate: ``Candidate.id``.
         precision: class that the kernel declares for this dtype.
-        weight: share of traffic, times how often a model calls it.
-        status: ok; wrong_result; failed (raised); unsupported (its declaration rules the problem out);
-            unavailable (this machine can't run it).
+        weight: share of traffic, times how often a model calls it; of a held-out shape, that of its bin.
+        status: ok; wrong_result; failed (raised); crashed (its process died); timeout (killed at its deadline);
+            out_of_memory; excluded (a repeat offender, not tried any more); unsupported (its declaration rules
+            the problem out); unavailable (this machine can't run it).
         reason: why the status is not ok; empty if it is.
-        samples_ns: one a round, in order: samples with the same index, of the candidates of one problem,
-            were taken together. A candidate that trails far behind stops early.
-        median_ns, median_low_ns, median_high_ns: median and its 95 % interval; null if not timed.
-        p99_ns: 99th percentile of the samples (nearest rank); null if not timed.
-        ratio, ratio_low, ratio_high: median of default / this over rounds, 95 % interval; above 1 is faster.
+        samples_ns: one a round that the candidate took part in.
+        rounds: number of each sample's round: samples of one problem with the same number were taken together.
+        processes: number of the process that took each sample; each began with fresh memory.
+        disturbed: whether interference was noticed while each sample was taken.
+        median_ns, median_low_ns, median_high_ns: median of the undisturbed samples and its 95 % interval; null
+            if not timed.
+        p99_ns: 99th percentile of all samples (nearest rank); null if not timed.
+        ratio, ratio_low, ratio_high: default / this as ``ratio`` gives it; above 1 is faster.
         error: ||y - ref|| / ||ref|| against float64, the larger of the two below.
         error_normal: the same on unit-normal activations.
         error_outliers: the same on activations with outlier features.
+        stable: whether the same call gave the same bits each time; null if it was not timed.
         form_bytes: bytes of the packed weight form beyond the caller's weight.
+        peak_bytes: growth of resident memory while the kernel was bound and called once; null if not measured.
+        peak_note: why peak_bytes is null.
         energy_j: joules a call; null where no counter exists.
         energy_note: why energy_j is null.
-        cache: state of caches while timing: ``cold_weights`` rotates weights beyond the private cache and
-            leaves activations as the last call left them.
+        cache: state of caches while timing: cold (weights and activations rotate through buffers beyond the
+            private cache), warm (the same buffers each time), pipeline (the model's neighbouring operators run
+            around the candidate, and the whole is timed).
         kernel_digest: digest of the kernel's source.
         environment: JSON of ``Environment``.
         measured_at: ISO 8601 UTC, for people; nothing is computed from it.
@@ -61,12 +88,16 @@ class Measurement:
 
     op: str
     problem: str
+    role: str
     candidate: str
     precision: str
     weight: float
     status: str
     reason: str
     samples_ns: list[int]
+    rounds: list[int]
+    processes: list[int]
+    disturbed: list[bool]
     median_ns: float | None
     median_low_ns: float | None
     median_high_ns: float | None
@@ -77,7 +108,10 @@ class Measurement:
     error: float | None
     error_normal: float | None
     error_outliers: float | None
+    stable: bool | None
     form_bytes: int
+    peak_bytes: int | None
+    peak_note: str
     energy_j: float | None
     energy_note: str
     cache: str
@@ -86,31 +120,59 @@ class Measurement:
     measured_at: str
 
 
+def clean_samples(row: Measurement) -> list[int]:
+    """The undisturbed samples; all of them where fewer than six are."""
+    clean = [ns for ns, disturbed in zip(row.samples_ns, row.disturbed, strict=True) if not disturbed]
+    return clean if len(clean) >= FEWEST_CLEAN else row.samples_ns
+
+
+def paired(peer: Measurement, ours: Measurement) -> list[list[tuple[int, int]]]:
+    """(peer's, ours) nanoseconds of the rounds both took part in, one list a process, in the order of rounds.
+
+    Rounds under interference are left out where six others are left.
+    """
+    theirs = dict(zip(peer.rounds, peer.samples_ns, strict=True))
+    shared = [sample for sample in _samples(ours) if sample[0] in theirs]
+    clean = [sample for sample in shared if not sample[3]]
+    by_process: dict[int, list[tuple[int, int]]] = {}
+    for number, ns, process, _ in sorted(clean if len(clean) >= FEWEST_CLEAN else shared):
+        by_process.setdefault(process, []).append((theirs[number], ns))
+    return list(by_process.values())
+
+
+def _samples(row: Measurement) -> Iterable[tuple[int, int, int, bool]]:
+    return zip(row.rounds, row.samples_ns, row.processes, row.disturbed, strict=True)
+
+
+def ratio(peer: Measurement, ours: Measurement) -> Interval:
+    """Peer's time / ours over the rounds both took part in, by ``intervals.block_ratio``; above 1 is faster."""
+    return block_ratio(paired(peer, ours))
+
+
 def _arrow_type(annotation: str) -> pa.DataType:
-    if annotation == "list[int]":
-        return pa.list_(pa.int64())
-    return {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}[annotation.removesuffix(" | None")]
+    one = {"str": pa.string(), "float": pa.float64(), "int": pa.int64(), "bool": pa.bool_()}
+    if annotation.startswith("list["):
+        return pa.list_(one[annotation[5:-1]])
+    return one[annotation.removesuffix(" | None")]
 
 
 SCHEMA = pa.schema(
     [pa.field(f.name, _arrow_type(str(f.type)), nullable="None" in str(f.type)) for f in fields(Measurement)]
 )
 _VERSION_KEY = b"dks.schema"
-_PLAN_KEY = b"dks.plan"
+_DIGEST_KEY = b"dks.sha256"
 
 
-def write_rows(path: Path, rows: Sequence[Measurement], plan: str) -> None:
+def write_rows(path: Path, rows: Sequence[Measurement]) -> None:
     """Write one problem's rows atomically: the file is there whole, on disk, or not at all.
-
-    Args:
-        plan: digest of what was asked; ``read_plan`` gives it back to a resuming sweep.
 
     Raises:
         OSError: the disk is full or refuses; ``path`` is then as it was.
     """
     columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(Measurement)}
-    metadata = {_VERSION_KEY: str(SCHEMA_VERSION).encode(), _PLAN_KEY: plan.encode()}
-    table = pa.table(columns, schema=SCHEMA.with_metadata(metadata))
+    table = pa.table(columns, schema=SCHEMA)
+    metadata = {_VERSION_KEY: str(SCHEMA_VERSION).encode(), _DIGEST_KEY: _digest(table.to_pylist())}
+    table = table.replace_schema_metadata(metadata)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix="_partial-")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -118,18 +180,32 @@ def write_rows(path: Path, rows: Sequence[Measurement], plan: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
+        sync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
 
 
-def read_plan(path: Path) -> str | None:
-    """The plan digest a file was written for; None where the file is not one of ours or is damaged."""
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable: a rename alone may be lost with the power."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(records: list[dict[str, Any]]) -> bytes:
+    """SHA-256 of the rows' values: Arrow's own validation accepts many a file with a flipped bit."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest().encode()
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file says of itself that a sweep wrote it; a damaged one does not."""
+    try:
+        return _VERSION_KEY in (pq.read_schema(path).metadata or {})
     except Exception:  # as in read_rows
-        return None
-    return metadata.get(_PLAN_KEY, b"").decode(errors="replace") or None
+        return False
 
 
 def read_rows(path: Path) -> list[Measurement]:
@@ -154,8 +230,14 @@ def read_rows(path: Path) -> list[Measurement]:
             f"{path}: found a file that does not read as Parquet ({first}), expected one that dks-profile "
             "wrote; delete it and run dks-profile again, which measures only what is missing"
         ) from None
+    records = table.to_pylist()
+    if (schema.metadata or {}).get(_DIGEST_KEY) != _digest(records):
+        raise BadInput(
+            f"{path}: found rows that differ from their digest, expected them as they were written; delete the "
+            "file and run dks-profile again, which measures only what is missing"
+        )
     rows = []
-    for index, record in enumerate(table.to_pylist()):
+    for index, record in enumerate(records):
         try:
             row = Measurement(**record)
             _check_row(row)
@@ -205,8 +287,16 @@ def _check_row(row: Measurement) -> None:
         raise ValueError(f"status: found {row.status!r}, expected one of {', '.join(STATUSES)}")
     if not (math.isfinite(row.weight) and row.weight >= 0):
         raise ValueError(f"weight: found {row.weight}, expected a finite number >= 0")
+    for name, allowed in (("role", ROLES), ("cache", CACHES)):
+        if getattr(row, name) not in allowed:
+            raise ValueError(f"{name}: found {getattr(row, name)!r}, expected one of {', '.join(allowed)}")
     if any(sample <= 0 for sample in row.samples_ns):
         raise ValueError("samples_ns: found a time of zero or less, expected positive times")
+    for name in ("rounds", "processes", "disturbed"):
+        if len(getattr(row, name)) != len(row.samples_ns):
+            raise ValueError(f"{name}: found {len(getattr(row, name))}, expected one for each sample")
+    if len(set(row.rounds)) != len(row.rounds):
+        raise ValueError("rounds: found a round twice, expected each once")
     if row.status == "ok" and (row.error is None or not math.isfinite(row.error) or row.error < 0):
         raise ValueError(f"error: found {row.error}, expected a finite number >= 0 where the status is ok")
     Environment.from_dict(_environment(row.environment))
