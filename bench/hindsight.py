@@ -58,14 +58,14 @@ def oracle_runtime(
         if row.status == "ok" and (row.error or 0.0) <= WIDEST and Problem.parse(row.problem).trait("dtype") == name
     }
     sweep = at_shapes(load(config), shapes, masked, name, inside)
-    rows: list[Measurement] = []
 
-    def collect(event: Event) -> None:
-        rows.extend(event.rows)
-        if not event.reused and (event.done % 10 == 0 or event.done == event.total):
-            print(f"[{event.done}/{event.total}] {event.task.problem.id}", flush=True)
+    def say(event: Event) -> None:
+        if event.done % 10 == 0 or event.done == event.total:
+            print(f"[{event.done}/{event.total}] {event.problem.id}", flush=True)
 
-    run_sweep(sweep, folder, notify=collect)
+    run_sweep(sweep, folder, notify=say)
+    wanted = {weighted.problem.id for part in sweep.operators for weighted in part.problems}
+    rows = [row for row in read_run(folder) if row.problem in wanted]
     table = oracle_table(rows, max_error)
     return Runtime(f"oracle_{name}", table, find=_compiled(table, folder))
 
@@ -111,7 +111,7 @@ def at_shapes(
         weighted = tuple(WeightedProblem(problem, 1.0) for problem in problems)
         parts.append(OperatorSweep(op=part.op, problems=weighted, candidates=inside, bins=_bins(part.op, problems)))
     # The smallest of several medians is all that is asked here, not an interval that excludes a tie.
-    measure = replace(sweep.measure, min_rounds=12, max_rounds=50, seconds=0.8)
+    measure = replace(sweep.measure, min_rounds=10, max_rounds=40, seconds=0.8, processes=2, held_out=False)
     return replace(sweep, name=f"{sweep.name}_hindsight", operators=tuple(parts), measure=measure)
 
 

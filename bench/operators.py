@@ -9,8 +9,8 @@ what dispatching adds to a call is not in these ratios; it is in the demo's.
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +27,11 @@ from dks.dispatch import command_line, pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.evidence import Measurement
 from dks.dispatch.intervals import Interval, geometric_mean, paired_ratio
-from dks.dispatch.problem import Problem
+from dks.dispatch.problem import Candidate, Problem
+from dks.profiler.bench import Bench, Job
 from dks.profiler.config import Sweep, load
-from dks.profiler.measure import Bench
-from dks.profiler.timing import Rounds, StoppingRule
+from dks.profiler.findings import Findings, Header, to_rows
+from dks.profiler.timing import StoppingRule
 
 BUDGET_OF = {"float32": ("minilm_exact", 1e-5), "bfloat16": ("minilm_bf16", 1e-2)}
 SECONDS = 0.3  # a problem
@@ -59,9 +60,7 @@ def main() -> None:
     tables = packages(PROFILE, ROOT / "runs" / "bench" / "out")
     sweep = load(CONFIG)
     problems = list(questions(sweep))
-    # Nobody is dropped: a choice that does badly needs its samples most.
-    rounds = Rounds(StoppingRule(20, 60, SECONDS, 0.01, racing=False), random.Random(1))
-    bench = Bench(Environment.current(), rounds, seed=1)
+    bench = Bench(seed=1, cache=sweep.measure.cache)
     results = []
     start = time.monotonic()
     for done, (problem, where) in enumerate(problems, 1):
@@ -101,7 +100,7 @@ def measure(bench: Bench, tables: Mapping[str, ModuleType], problem: Problem, wh
         if dtype in kernels[c.kernel].precision
         and (kernels[c.kernel].precision[dtype].limit <= budget or c.id == choice.candidate)
     ]
-    rows = bench.measure(problem, candidates, 1.0)
+    rows = measured(bench, problem, candidates)
     timed = {row.candidate: row for row in rows if row.samples_ns}
     default = timed[pool.operator(problem.op).default]
     chosen = timed.get(choice.candidate)
@@ -123,6 +122,20 @@ def measure(bench: Bench, tables: Mapping[str, ModuleType], problem: Problem, wh
         vs_default=paired_ratio(default.samples_ns, chosen.samples_ns),
         vs_oracle=against,
     )
+
+
+def measured(bench: Bench, problem: Problem, candidates: Sequence[Candidate]) -> list[Measurement]:
+    """Check and time these candidates in this process."""
+    findings = Findings({c.id: bench.check(problem, c)[0] for c in candidates})
+    # Nobody is dropped: a choice that does badly needs its samples most.
+    rule = StoppingRule(20, 60, SECONDS * len(candidates), 0.01, racing=False)
+    for found in bench.time(Job(problem, tuple(findings.ok()), rule, process=0)):
+        if isinstance(found, list):
+            findings.add(found)
+        else:
+            findings.found[found[0]] = found[1]
+    environment = json.dumps(Environment.current().to_dict())
+    return to_rows(Header(problem, "bin", 1.0, "cold", environment), findings, candidates)
 
 
 def _halves(oracle: Measurement, chosen: Measurement) -> Interval:

@@ -8,8 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
+from dks.codegen.certificate import Certificate, caveats, describe, interval_words, percent
 from dks.codegen.lut import Lut
 from dks.codegen.package import build as build_package
 from dks.codegen.package import check_destination, check_package_name
@@ -49,6 +51,11 @@ def cli() -> None:
     show_default=True,
     help="latency, throughput, energy, memory, or a YAML file with a policy's fields.",
 )
+@click.option(
+    "--max-regret",
+    type=float,
+    help="Build only if the 95th percentile of the regret on held-out shapes is at most this, such as 0.05.",
+)
 @click.option("--device", help="Build for results of another machine: the arch they name, in full.")
 def build(
     run_dirs: tuple[Path, ...],
@@ -56,21 +63,27 @@ def build(
     name: str,
     max_error: float | None,
     objective: str,
+    max_regret: float | None,
     device: str | None,
 ) -> int:
     """Select winners from RUN_DIR... and generate OUT_DIR/NAME.
 
+    Held-out shapes of the run certify the choices: regret is how much longer the chosen candidate takes than
+    the best one on a shape that no choice was made from.
+
     \b
     dks-codegen build runs/minilm -o out --name minilm_exact --max-error 1e-5
+    dks-codegen build runs/minilm -o out --name minilm_exact --max-regret 0.05
     """
     check_package_name(name)
     check_destination(out, name)
-    policy = load_policy(objective, max_error)
+    policy = load_policy(objective, max_error, max_regret)
     rows = [row for folder in run_dirs for row in read_run(folder)]
     lut = select(rows, policy)
     _check_device(lut.environment, device)
     built = build_package(lut, rows, out, name)
     _print_summary(lut)
+    _print_certificate(lut.certificate)
     state = "built" if built.changed else "unchanged"
     click.echo(
         f"{built.folder}: {state}; {len(lut.rules)} rules, error at most {policy.max_error:g}, {policy.objective}"
@@ -115,6 +128,25 @@ def _print_summary(lut: Lut) -> None:
     command_line.print_table(table)
 
 
+def _print_certificate(certificate: Certificate) -> None:
+    stored = certificate.to_json()
+    if certificate.overall is None:
+        click.echo(describe(None, stored["certificate_note"]))
+        return
+    table = Table(title="certificate: regret on held-out shapes, which no choice was made from")
+    for column in ("operator", "shapes", "geometric mean", "p95", "max", "worst", "chosen", "best there"):
+        table.add_column(column, justify="right" if column in ("shapes", "p95", "max") else "left")
+    for name, part in {**certificate.operators, "all": certificate.overall}.items():
+        numbers = (str(part.shapes), interval_words(part.geomean), percent(part.p95), percent(part.max))
+        worst = escape(f"{part.worst['problem']} {part.worst['form']}")
+        table.add_row(name, *numbers, worst, part.worst["chosen"], part.worst["best"])
+    command_line.print_table(table)
+    if certificate.weighted is not None:
+        click.echo(f"regret of the total time, weighted by traffic: {percent(certificate.weighted)}")
+    for line in caveats(stored["certificate"]):
+        click.echo(f"shapes and forms: {line}")
+
+
 def _packages(out: Path) -> list[Path]:
     """The packages in ``out``: itself, or its folders."""
     if (out / MANIFEST).is_file():
@@ -128,7 +160,12 @@ def _packages(out: Path) -> list[Path]:
 @cli.command()
 @click.argument("out", metavar="OUT_DIR", type=click.Path(path_type=Path))
 def check(out: Path) -> int:
-    """Say whether the package is whole and fits this machine."""
+    """Say whether the package is whole and fits this machine, and what its choices are worth.
+
+    \b
+    dks-codegen check out
+    dks-codegen check out/minilm_exact
+    """
     bad = 0
     for folder in _packages(out):
         manifest = read_manifest(folder)
@@ -140,6 +177,7 @@ def check(out: Path) -> int:
         bad += bool(problems)
         if not problems:
             click.echo(f"{folder}: whole, fits this machine, lookup {manifest.lookup}")
+        click.echo(f"{folder}: {describe(manifest.certificate, manifest.certificate_note)}")
     if bad:
         raise BadInput(
             f"{out}: found {bad} package(s) that can't serve here, expected none; measure and build again"

@@ -6,13 +6,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+from dks.codegen.certificate import Certificate
 from dks.codegen.policy import Policy
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.table import Group, Rule, Table
 
-LUT_VERSION = 1
+LUT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +27,13 @@ class Evidence:
         reason: one sentence.
         median_us: of the chosen candidate; default_us: of the framework's own kernel.
         ratio: default / chosen: value and ends of the 95 % interval (null: too few rounds to say).
-        rounds: pairs behind the ratio.
+        rounds: pairs behind the ratio; processes: how many processes took them.
         error: relative error of the chosen candidate against float64.
         form_bytes: what its packed weight adds, in bytes.
         weight: of the problem in traffic.
         runner_up: the next best eligible candidate; margin: runner-up / chosen, as ``ratio``.
+        tied: the candidates that no measurement tells apart from the choice, itself and the default included,
+            the simplest first; empty where nothing was tied.
     """
 
     candidate: str
@@ -46,6 +49,8 @@ class Evidence:
     weight: float = 0.0
     runner_up: str | None = None
     margin: list[float | None] | None = None
+    processes: int = 0
+    tied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +58,9 @@ class Lut:
     """A selected table with its evidence.
 
     Attributes:
-        rules: one a cell, in the order the cells name them.
+        rules: one a measured problem and form, in the order the cells name them.
         expected_us: by activation dtype, expected time of one model call over the shared problems.
+        certificate: what the choices are worth on shapes that none of them was made from.
     """
 
     environment: Environment
@@ -62,6 +68,7 @@ class Lut:
     rules: tuple[Evidence, ...]
     groups: tuple[Group, ...]
     expected_us: dict[str, float]
+    certificate: Certificate = dataclasses.field(default_factory=Certificate)
 
     def table(self) -> Table:
         """The dispatch table, without the evidence."""
@@ -72,17 +79,24 @@ class Lut:
         return sorted({rule.candidate for rule in self.rules})
 
     def to_json(self) -> str:
-        """Readable, and the same bytes for the same Lut: one rule and one group a line."""
+        """Readable, and the same bytes for the same Lut: one rule, shape and group a line."""
         head = {
             "version": LUT_VERSION,
             "environment": self.environment.to_dict(),
             "policy": dataclasses.asdict(self.policy),
             "expected_us": self.expected_us,
         }
-        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-        rules = ",\n".join(f"    {json.dumps(dataclasses.asdict(rule))}" for rule in self.rules)
-        groups = ",\n".join(f"    {json.dumps(_group_json(group))}" for group in self.groups)
-        return "\n".join(["{", *lines, f'  "rules": [\n{rules}\n  ],', f'  "groups": [\n{groups}\n  ]', "}"]) + "\n"
+        head |= self.certificate.to_json()
+        lists = {
+            "rules": [dataclasses.asdict(rule) for rule in self.rules],
+            "held_out": [dataclasses.asdict(shape) for shape in self.certificate.shapes],
+            "groups": [_group_json(group) for group in self.groups],
+        }
+        parts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        for key, items in lists.items():
+            lines = ",\n".join(f"    {json.dumps(item)}" for item in items)
+            parts.append(f'  "{key}": [\n{lines}\n  ]' if lines else f'  "{key}": []')
+        return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _group_json(group: Group) -> dict[str, object]:

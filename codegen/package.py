@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dks.codegen.certificate import check_regret
 from dks.codegen.compile import compile_extension
 from dks.codegen.cpp import check_namespace, render_header
 from dks.codegen.lut import Lut
@@ -123,10 +124,12 @@ def build(lut: Lut, rows: Iterable[Measurement], out: Path, name: str) -> Built:
         rows: the measurements behind the Lut, for the kernels' source digests.
 
     Raises:
-        BadInput: the name or the destination can't be used, or can't be written.
+        BadInput: the name or the destination can't be used or can't be written, or the certificate shows more
+            regret than the policy allows.
     """
     check_package_name(name)
     check_destination(out, name)
+    check_regret(lut.certificate, lut.policy.max_regret)
     try:
         out.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=out, prefix=f".{name}-"))
@@ -161,6 +164,7 @@ def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> st
         "environment": lut.environment.to_dict(),
         "policy": dataclasses.asdict(lut.policy),
         "lookup": lookup,
+        **lut.certificate.to_json(),
         "kernels": {kernel: digests[kernel] for kernel in chosen},
         "files": {path.name: file_digest(path) for path in sorted(package.iterdir()) if path.is_file()},
     }

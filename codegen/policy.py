@@ -24,16 +24,25 @@ class Policy:
             takes the fastest kernel that packs no second copy of a weight; ``energy`` compares joules.
         overhead_ns: what a dispatched call costs beyond the framework's own, in Python: a challenger must
             save more than this, or dispatching to it makes the call slower.
-        tie: two candidates closer than this share of their time are tied, whatever their intervals say: an
-            interval knows the spread inside one process, and between processes medians differ by 2 to 7 %.
+        tie: two candidates closer than this share of their time are tied, whatever their intervals say. The
+            intervals include the spread between processes, so this is only what no one would change a kernel
+            for, and what the few processes of a sweep do not show.
         max_form_bytes: largest packed form of one weight, in bytes; None is no limit.
+        min_processes: a challenger must have been measured beside the default in at least so many processes,
+            and be faster in every one of them: what one process likes may be its own luck with memory.
+        require_stable: only kernels that gave the same bits each time may challenge.
+        max_regret: largest 95th percentile of the regret over held-out shapes with which a package is built,
+            as a share of the best time; None builds with any. See ``dks.codegen.certificate``.
     """
 
     max_error: float = 1e-2
     objective: str = "latency"
     overhead_ns: float = 5000.0
-    tie: float = 0.05
+    tie: float = 0.02
     max_form_bytes: int | None = None
+    min_processes: int = 2
+    require_stable: bool = False
+    max_regret: float | None = None
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -41,25 +50,41 @@ class Policy:
             raise BadInput(
                 f"objective: found {self.objective!r}, expected one of {', '.join(OBJECTIVES)} or a file"
             )
-        for name, low, high in (("max_error", 0.0, 1.0), ("overhead_ns", 0.0, 1e9), ("tie", 0.0, 0.5)):
+        for name, low, high in (
+            ("max_error", 0.0, 1.0),
+            ("overhead_ns", 0.0, 1e9),
+            ("tie", 0.0, 0.5),
+            ("max_regret", 0.0, 100.0),
+        ):
             value = getattr(self, name)
+            if value is None and name == "max_regret":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise BadInput(f"{name}: found {value!r}, expected a number from {low:g} to {high:g}")
         limit = self.max_form_bytes
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+        if limit is not None and not _is_whole(limit, 0):
             raise BadInput(f"max_form_bytes: found {limit!r}, expected a whole number of bytes")
+        if not _is_whole(self.min_processes, 1):
+            raise BadInput(f"min_processes: found {self.min_processes!r}, expected a whole number from 1")
+        if not isinstance(self.require_stable, bool):
+            raise BadInput(f"require_stable: found {self.require_stable!r}, expected true or false")
 
 
-def load_policy(objective: str, max_error: float | None) -> Policy:
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def load_policy(objective: str, max_error: float | None = None, max_regret: float | None = None) -> Policy:
     """The policy of the command line: an objective's name, or a YAML file with the fields of ``Policy``.
 
     Args:
-        max_error: overrides the file's; None keeps it.
+        max_error, max_regret: override the file's; None keeps it.
 
     Raises:
         BadInput: no such file, unknown keys, or values out of range.
     """
-    overrides: dict[str, Any] = {} if max_error is None else {"max_error": max_error}
+    given = {"max_error": max_error, "max_regret": max_regret}
+    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if objective in OBJECTIVES:
         return Policy(objective=objective, **overrides)
     path = Path(objective)

@@ -1,65 +1,73 @@
-"""Selection: from measurements to the rules of a table. A pure function of its input.
+"""Selection: from measurements to a table. A pure function of its input.
 
-A challenger replaces the framework's own kernel only where it is inside the error budget, its ratio's
-confidence interval lies above a tie, and it saves more than dispatching costs. Ties go to the default, then to
-the simplest kernel.
+Rules are made from bins and their splits. Held-out shapes make none: they rule out what fails on them, and
+say what the table is worth between the sizes it was made from (``certificate.py``).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
+from dks.codegen.admission import failure, forms
+from dks.codegen.certificate import certify
+from dks.codegen.choose import choose
+from dks.codegen.compare import Comparisons
+from dks.codegen.grid import Grid, sizes_of
 from dks.codegen.lut import Evidence, Lut
 from dks.codegen.policy import Policy
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, environment_of
-from dks.dispatch.intervals import Interval, paired_ratio, ratio_of_means
 from dks.dispatch.kernel import source_digest
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.table import Group
 
-FORMS = ("prepared", "direct")
+HELD_OUT = "held_out"
 
-
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A measured candidate inside the policy's limits, against the default and in the objective's terms."""
-
-    row: Measurement
-    ratio: Interval
-
-    @property
-    def simplicity(self) -> tuple[int, int, str]:
-        """Sorts the simplest first."""
-        kernel = pool.kernels()[Candidate.parse(self.row.candidate).kernel]
-        return (kernel.rank, self.row.form_bytes, self.row.candidate)
+Key = tuple[str, tuple[tuple[str, str], ...], tuple[tuple[str, int], ...]]
+"""An operator, its traits and its static dims."""
 
 
 def select(rows: Iterable[Measurement], policy: Policy) -> Lut:
-    """Choose a candidate for every measured problem.
+    """Choose a candidate for every bin, and judge the choices by the held-out shapes.
 
     Raises:
-        BadInput: rows of several environments, of kernels or operators that this version does not have, or
-            the same problem measured twice.
+        BadInput: rows of several environments, of kernels or operators that this version does not have, the
+            same problem measured twice or in two roles, or held-out shapes alone.
     """
     by_problem = _by_problem(rows)
     environment = _one_environment(by_problem)
-    grouped: dict[tuple[object, ...], dict[Problem, list[Measurement]]] = defaultdict(dict)
-    for problem, measured in by_problem.items():
-        operator = pool.operators()[problem.op]
-        statics = tuple((name, problem.dim(name)) for name in operator.static)
-        grouped[problem.op, problem.traits, statics][problem] = measured
+    roles = {problem: _role(problem, measured) for problem, measured in by_problem.items()}
+    held_out = {problem: by_problem[problem] for problem, role in roles.items() if role == HELD_OUT}
+    if len(held_out) == len(by_problem):
+        raise BadInput(
+            "measurements: found held-out shapes alone, expected at least one bin; finish the sweep, or name "
+            "the run directory that holds the bins too"
+        )
+    grids = _grids(roles)
+    barred = _barred(grids, held_out, policy)
+    # Both forms ask for many of the same ratios.
+    compared: dict[Problem, Comparisons] = defaultdict(lambda: Comparisons(policy.objective))
+
+    def rule(problem: Problem, form: str) -> Evidence:
+        return choose(problem, form, by_problem[problem], policy, barred.get(problem), compared[problem])
+
     evidence: list[Evidence] = []
-    groups = []
-    for key in sorted(grouped, key=repr):
-        for form in _forms(str(key[0])):
-            groups.append(_group(key, form, grouped[key], policy, evidence))
-    return Lut(environment, policy, tuple(evidence), tuple(groups), _expected(groups, evidence))
+    groups = [_group(key, form, grid, rule, evidence) for key, grid in grids.items() for form in forms(key[0])]
+    lut = Lut(environment, policy, tuple(evidence), tuple(groups), _expected(groups, evidence))
+    return replace(lut, certificate=certify(lut.table(), held_out, policy))
+
+
+def _role(problem: Problem, rows: Sequence[Measurement]) -> str:
+    found = sorted({row.role for row in rows})
+    if len(found) > 1:
+        raise BadInput(
+            f"{problem.id}: found the roles {' and '.join(found)}, expected one; measure the problem again"
+        )
+    return found[0]
 
 
 def _by_problem(rows: Iterable[Measurement]) -> dict[Problem, list[Measurement]]:
@@ -101,156 +109,56 @@ def _one_environment(by_problem: dict[Problem, list[Measurement]]) -> Environmen
     return found[0]
 
 
-def _forms(op: str) -> tuple[str, ...]:
-    """``prepared`` is a choice of its own only where some kernel packs the weight."""
-    return FORMS if any(kernel.form for kernel in pool.kernels_for(op)) else ("direct",)
+def _grids(problems: Mapping[Problem, str]) -> dict[Key, Grid]:
+    """The grid of every operator, traits and static dims that has bins, in the order of the table."""
+    roles: dict[Key, dict[Problem, str]] = defaultdict(dict)
+    for problem, role in problems.items():
+        if role != HELD_OUT:
+            roles[_key(problem)][problem] = role
+    return {key: Grid.of(roles[key]) for key in sorted(roles, key=repr)}
+
+
+def _key(problem: Problem) -> Key:
+    statics = tuple((name, problem.dim(name)) for name in pool.operator(problem.op).static)
+    return problem.op, problem.traits, statics
+
+
+def _barred(
+    grids: Mapping[Key, Grid], held_out: Mapping[Problem, Sequence[Measurement]], policy: Policy
+) -> dict[Problem, dict[str, str]]:
+    """By measured problem, the candidates that failed on a held-out shape of its bin, with the reason."""
+    barred: dict[Problem, dict[str, str]] = defaultdict(dict)
+    for problem in sorted(held_out, key=lambda p: p.id):
+        grid = grids.get(_key(problem))
+        answering = grid.bin_of(problem) if grid else None
+        if answering is None:
+            continue
+        for row in held_out[problem]:
+            if why := failure(policy, row):
+                barred[answering].setdefault(row.candidate, f"{why} on held-out {problem.id}")
+    return barred
 
 
 def _group(
-    key: tuple[object, ...],
-    form: str,
-    problems: dict[Problem, list[Measurement]],
-    policy: Policy,
-    evidence: list[Evidence],
+    key: Key, form: str, grid: Grid, rule: Callable[[Problem, str], Evidence], evidence: list[Evidence]
 ) -> Group:
+    """One group of the table; its rules go to the end of ``evidence``."""
     op, traits, statics = key
-    operator = pool.operators()[str(op)]
-    edges = tuple(tuple(sorted({p.dim(name) for p in problems})) for name in operator.dynamic)
-    by_cell = {(p.align, tuple(p.dim(name) for name in operator.dynamic)): p for p in problems}
+    chosen: dict[Problem, int] = {}
     cells = {}
-    for align in sorted({p.align for p in problems}, reverse=True):
+    for align in grid.alignments:
         indices = []
-        for sizes in itertools.product(*edges):
-            problem = by_cell.get((align, sizes))
+        for cell in grid.cells():
+            problem = grid.answer(align, cell)
             if problem is None:
                 indices.append(-1)
                 continue
-            evidence.append(choose(problem, form, problems[problem], policy))
-            indices.append(len(evidence) - 1)
+            if problem not in chosen:
+                chosen[problem] = len(evidence)
+                evidence.append(rule(problem, form))
+            indices.append(chosen[problem])
         cells[align] = tuple(indices)
-    return Group(str(op), form, traits, statics, edges, cells)  # type: ignore[arg-type]
-
-
-def choose(problem: Problem, form: str, rows: Sequence[Measurement], policy: Policy) -> Evidence:
-    """The rule of one problem: winner, runner-up, and why."""
-    default_id = pool.operators()[problem.op].default
-    default = next((row for row in rows if row.candidate == default_id), None)
-    if default is None or default.status != "ok" or not default.samples_ns:
-        why = "was not measured" if default is None else f"{default.status}: {default.reason}"
-        return _default_rule(problem, form, default_id, default, f"the default serves: it {why}", None)
-    contenders = [
-        Contender(row, _ratio(policy, default, row))
-        for row in rows
-        if row.candidate != default_id and _eligible(problem, form, row, policy)
-    ]
-    contenders.sort(key=lambda c: (-c.ratio.value, c.simplicity))
-    if not contenders:
-        reason = f"the default serves: no other candidate is inside error {policy.max_error:g}"
-        return _default_rule(problem, form, default_id, default, reason, None)
-    able = [c for c in contenders if _beats_default(c, default, policy)]
-    if not able:
-        reason = f"a tie goes to the default: the best other is {_words(contenders[0])}"
-        return _default_rule(problem, form, default_id, default, reason, contenders[0])
-    best = able[0]
-    tied = [c for c in able if _tied(best, c, policy)]
-    winner = min(tied, key=lambda c: c.simplicity)
-    others = [c for c in contenders if c is not winner]
-    runner_up = others[0] if others else None
-    reason = f"faster than the default: {_words(winner)}"
-    if winner is not best:
-        reason += f"; tied with {best.row.candidate}, and simpler"
-    return _rule(problem, form, winner.row, winner.ratio, reason, runner_up, default)
-
-
-def _eligible(problem: Problem, form: str, row: Measurement, policy: Policy) -> bool:
-    kernel = pool.kernels()[Candidate.parse(row.candidate).kernel]
-    if row.status != "ok" or not row.samples_ns or row.error is None or row.error > policy.max_error:
-        return False
-    if form == "direct" and kernel.form:
-        return False
-    if policy.objective == "memory" and row.form_bytes:
-        return False
-    if policy.max_form_bytes is not None and row.form_bytes > policy.max_form_bytes:
-        return False
-    return kernel.objection(problem) is None
-
-
-def _ratio(policy: Policy, default: Measurement, row: Measurement) -> Interval:
-    if policy.objective == "energy":
-        if default.energy_j is None or row.energy_j is None:
-            note = default.energy_note or row.energy_note
-            raise BadInput(f"objective energy: found no measured joules ({note}), expected them in every row")
-        value = default.energy_j / row.energy_j
-        return Interval(value, value, value, len(row.samples_ns))
-    compare = ratio_of_means if policy.objective == "throughput" else paired_ratio
-    return compare(default.samples_ns, row.samples_ns)
-
-
-def _beats_default(contender: Contender, default: Measurement, policy: Policy) -> bool:
-    saved = (default.median_ns or 0.0) - (contender.row.median_ns or 0.0)
-    return contender.ratio.low > 1.0 + policy.tie and saved > policy.overhead_ns
-
-
-def _tied(best: Contender, other: Contender, policy: Policy) -> bool:
-    if policy.objective == "energy":
-        return other.ratio.value * (1.0 + policy.tie) >= best.ratio.value
-    against = paired_ratio(other.row.samples_ns, best.row.samples_ns)
-    return against.low <= 1.0 or against.value <= 1.0 + policy.tie
-
-
-def _words(contender: Contender) -> str:
-    ratio = contender.ratio
-    return f"{contender.row.candidate} at {ratio.value:.3f}x [{ratio.low:.3f}, {ratio.high:.3f}]"
-
-
-def _default_rule(
-    problem: Problem,
-    form: str,
-    default_id: str,
-    row: Measurement | None,
-    reason: str,
-    runner_up: Contender | None,
-) -> Evidence:
-    if row is None or row.status != "ok":
-        return Evidence(default_id, problem.id, form, reason)
-    own = Interval(1.0, 1.0, 1.0, len(row.samples_ns))
-    return _rule(problem, form, row, own, reason, runner_up, row)
-
-
-def _rule(
-    problem: Problem,
-    form: str,
-    row: Measurement,
-    ratio: Interval,
-    reason: str,
-    runner_up: Contender | None,
-    default: Measurement,
-) -> Evidence:
-    margin = paired_ratio(runner_up.row.samples_ns, row.samples_ns) if runner_up else None
-    return Evidence(
-        candidate=row.candidate,
-        problem=problem.id,
-        form=form,
-        reason=reason,
-        median_us=_us(row.median_ns),
-        default_us=_us(default.median_ns),
-        ratio=_ci(ratio),
-        rounds=ratio.n,
-        error=row.error,
-        form_bytes=row.form_bytes,
-        weight=row.weight,
-        runner_up=runner_up.row.candidate if runner_up else None,
-        margin=_ci(margin) if margin else None,
-    )
-
-
-def _us(ns: float | None) -> float | None:
-    return None if ns is None else round(ns / 1e3, 3)
-
-
-def _ci(interval: Interval) -> list[float | None]:
-    ends = (interval.value, interval.low, interval.high)
-    return [round(end, 4) if abs(end) < float("inf") else None for end in ends]
+    return Group(op, form, traits, statics, grid.edges, cells)
 
 
 def _expected(groups: Sequence[Group], evidence: Sequence[Evidence]) -> dict[str, float]:
@@ -258,17 +166,14 @@ def _expected(groups: Sequence[Group], evidence: Sequence[Evidence]) -> dict[str
     that were measured in every dtype. Says in which dtype a model that may run in either should run."""
     totals: dict[str, dict[tuple[object, ...], float]] = defaultdict(dict)
     for group in groups:
+        if group.form != forms(group.op)[0]:
+            continue
         traits = dict(group.traits)
         dtype = traits.pop("dtype")
-        if group.form != _forms(group.op)[0]:
-            continue
-        for align, cells in group.cells.items():
-            for position, index in enumerate(cells):
-                rule = evidence[index] if index >= 0 else None
-                if rule is None or rule.median_us is None or align != max(group.cells):
-                    continue
-                sizes = list(itertools.product(*group.edges))[position]
-                key = (group.op, tuple(traits.items()), group.statics, sizes)
+        for index in sorted(set(group.cells[max(group.cells)]) - {-1}):
+            rule = evidence[index]
+            if rule.median_us is not None:
+                key = (group.op, tuple(traits.items()), group.statics, sizes_of(Problem.parse(rule.problem)))
                 totals[dtype][key] = rule.weight * rule.median_us
     shared = set.intersection(*(set(costs) for costs in totals.values())) if totals else set()
     return {d: round(sum(c for key, c in costs.items() if key in shared), 3) for d, costs in sorted(totals.items())}

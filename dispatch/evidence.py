@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,7 +73,7 @@ class Measurement:
         error_outliers: the same on activations with outlier features.
         stable: whether the same call gave the same bits each time; null if it was not timed.
         form_bytes: bytes of the packed weight form beyond the caller's weight.
-        peak_bytes: growth of resident memory while the kernel was bound and called once; null if not measured.
+        peak_bytes: growth of resident memory at its peak during one call; null if not measured.
         peak_note: why peak_bytes is null.
         energy_j: joules a call; null where no counter exists.
         energy_note: why energy_j is null.
@@ -160,7 +159,7 @@ SCHEMA = pa.schema(
     [pa.field(f.name, _arrow_type(str(f.type)), nullable="None" in str(f.type)) for f in fields(Measurement)]
 )
 _VERSION_KEY = b"dks.schema"
-_DIGEST_KEY = b"dks.sha256"
+_DIGEST_BYTES = 32
 
 
 def write_rows(path: Path, rows: Sequence[Measurement]) -> None:
@@ -170,13 +169,14 @@ def write_rows(path: Path, rows: Sequence[Measurement]) -> None:
         OSError: the disk is full or refuses; ``path`` is then as it was.
     """
     columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(Measurement)}
-    table = pa.table(columns, schema=SCHEMA)
-    metadata = {_VERSION_KEY: str(SCHEMA_VERSION).encode(), _DIGEST_KEY: _digest(table.to_pylist())}
-    table = table.replace_schema_metadata(metadata)
+    table = pa.table(columns, schema=SCHEMA.with_metadata({_VERSION_KEY: str(SCHEMA_VERSION).encode()}))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    pages, footer = _parts(sink.getvalue().to_pybytes())
     handle, name = tempfile.mkstemp(dir=path.parent, prefix="_partial-")
     try:
         with os.fdopen(handle, "wb") as file:
-            pq.write_table(table, file, compression="zstd")
+            file.write(pages + _digest(pages, footer) + footer)
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
@@ -186,6 +186,20 @@ def write_rows(path: Path, rows: Sequence[Measurement]) -> None:
         raise
 
 
+def _parts(data: bytes) -> tuple[bytes, bytes]:
+    """What comes before the footer, and the footer with its length and magic (Parquet format, File format).
+
+    Between the two, where no reader looks, a file of ours has a digest of both: Arrow's own validation accepts
+    many a file with a flipped bit.
+    """
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    return data[: max(0, start)], data[max(0, start) :]
+
+
+def _digest(pages: bytes, footer: bytes) -> bytes:
+    return hashlib.sha256(pages + footer).digest()
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` durable: a rename alone may be lost with the power."""
     handle = os.open(folder, os.O_RDONLY)
@@ -193,11 +207,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _digest(records: list[dict[str, Any]]) -> bytes:
-    """SHA-256 of the rows' values: Arrow's own validation accepts many a file with a flipped bit."""
-    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest().encode()
 
 
 def is_ours(path: Path) -> bool:
@@ -220,7 +229,14 @@ def read_rows(path: Path) -> list[Measurement]:
         # The schema comes first: an unknown file is refused before its data is read.
         schema = pq.read_schema(path)
         _check_schema(path, schema)
-        table = pq.read_table(path)
+        data = path.read_bytes()
+        pages, footer = _parts(data)
+        if pages[-_DIGEST_BYTES:] != _digest(pages[:-_DIGEST_BYTES], footer):
+            raise BadInput(
+                f"{path}: found bytes that differ from their digest, expected them as they were written; delete "
+                "the file and run dks-profile again, which measures only what is missing"
+            )
+        table = pq.read_table(pa.BufferReader(data))
         table.validate(full=True)
     except BadInput:
         raise
@@ -230,14 +246,8 @@ def read_rows(path: Path) -> list[Measurement]:
             f"{path}: found a file that does not read as Parquet ({first}), expected one that dks-profile "
             "wrote; delete it and run dks-profile again, which measures only what is missing"
         ) from None
-    records = table.to_pylist()
-    if (schema.metadata or {}).get(_DIGEST_KEY) != _digest(records):
-        raise BadInput(
-            f"{path}: found rows that differ from their digest, expected them as they were written; delete the "
-            "file and run dks-profile again, which measures only what is missing"
-        )
     rows = []
-    for index, record in enumerate(records):
+    for index, record in enumerate(table.to_pylist()):
         try:
             row = Measurement(**record)
             _check_row(row)

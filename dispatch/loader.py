@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
@@ -42,6 +43,9 @@ class Manifest:
         files: SHA-256 by file name, of every other file.
         lookup: ``compiled``, or why there is only the Python form.
         generation: digest of the table's text, which the compiled lookup carries too.
+        certificate: what the table is worth on held-out shapes, as ``dks.codegen.certificate`` writes it; None
+            where there is none.
+        certificate_note: why there is none.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Manifest:
     files: Mapping[str, str]
     lookup: str
     generation: str
+    certificate: Mapping[str, Any] | None = None
+    certificate_note: str = ""
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -73,7 +79,18 @@ def read_manifest(folder: Path) -> Manifest:
                 raise ValueError(f"{name} is {value!r}")
         environment = Environment.from_dict(data["environment"])
         lookup, generation = str(data["lookup"]), str(data["generation"])
-        return Manifest(str(data["name"]), environment, **texts, lookup=lookup, generation=generation)
+        certificate, note = data.get("certificate"), str(data.get("certificate_note", ""))
+        if not isinstance(certificate, (dict, type(None))):
+            raise ValueError(f"certificate is {type(certificate).__name__}")
+        return Manifest(
+            str(data["name"]),
+            environment,
+            **texts,
+            lookup=lookup,
+            generation=generation,
+            certificate=certificate,
+            certificate_note=note,
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{path}: found no readable manifest ({type(error).__name__}: {error}), expected one that "

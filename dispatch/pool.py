@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+from collections.abc import Iterator
 from functools import lru_cache
 from types import ModuleType
 
@@ -26,23 +28,35 @@ def operators() -> dict[str, Operator]:
     return {operator.name: operator for operator in found}
 
 
+MORE_KERNELS = "DKS_KERNELS"
+"""Environment variable: modules with kernels of one's own, separated by commas; each has a list ``KERNELS``.
+Profiling, generating and serving must name the same ones."""
+
+
 @lru_cache(maxsize=1)
 def kernels() -> dict[str, Kernel]:
-    """Every kernel by id: each module in an operator's folder that has a ``KERNEL``.
+    """Every kernel by id: each module in an operator's folder that has a ``KERNEL``, and those of
+    ``DKS_KERNELS``.
 
     Raises:
         ValueError: two kernels share an id.
+        ImportError: a module that ``DKS_KERNELS`` names can't be imported.
     """
     pool: dict[str, Kernel] = {}
+    for kernel in _found():
+        if kernel.id in pool:
+            raise ValueError(f"kernel {kernel.id}: declared twice, expected unique ids")
+        pool[kernel.id] = kernel
+    return pool
+
+
+def _found() -> Iterator[Kernel]:
     for folder in _modules(ops):
         for module in _modules(folder):
-            kernel = getattr(module, "KERNEL", None)
-            if kernel is None:
-                continue
-            if kernel.id in pool:
-                raise ValueError(f"kernel {kernel.id}: declared twice, expected unique ids")
-            pool[kernel.id] = kernel
-    return pool
+            if hasattr(module, "KERNEL"):
+                yield module.KERNEL
+    for name in filter(None, os.environ.get(MORE_KERNELS, "").split(",")):
+        yield from importlib.import_module(name).KERNELS
 
 
 def operator(name: str) -> Operator:

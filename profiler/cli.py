@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dks.dispatch import command_line, pool
@@ -19,8 +19,12 @@ from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, read_run
 from dks.dispatch.problem import Problem
 from dks.profiler.config import load
+from dks.profiler.counters import EnergyMeter
 from dks.profiler.forms import duration
-from dks.profiler.sweep import Event, run_sweep, set_aside
+from dks.profiler.interference import Watch, default_sources
+from dks.profiler.replay import replay as replay_run
+from dks.profiler.sweep import Event, Outcome, run_sweep
+from dks.profiler.timing import StoppingRule
 
 
 class Duration(click.ParamType[float]):
@@ -75,64 +79,74 @@ def run(
     if wanted != "cpu":
         raise BadInput(f"device: found {wanted!r}, expected 'cpu': this version measures CPU kernels only")
     folder = folder or Path("runs") / sweep.name
-    started = time.monotonic()
     with _progress() as notify:
         outcome = run_sweep(
-            sweep, folder, budget_s=budget if budget is not None else sweep.budget, fresh=fresh, notify=notify
+            sweep,
+            folder,
+            budget_s=budget if budget is not None else sweep.budget,
+            fresh=fresh,
+            whole=whole,
+            notify=notify,
         )
-    for name in set_aside(whole, folder):
+    _report(outcome, folder)
+    return 1 if outcome.winnerless else 0
+
+
+def _report(outcome: Outcome, folder: Path) -> None:
+    for note in outcome.notes:
+        click.echo(note)
+    for name in outcome.stale:
         click.echo(f"set aside: {folder / name}: the config no longer has this problem")
-    took = time.monotonic() - started
+    for id in outcome.split:
+        click.echo(f"split a bin that was too wide: {id} is a representative now")
     click.echo(
         f"{outcome.measured} problems measured, {outcome.reused} reused, {len(outcome.unfinished)} unfinished "
-        f"in {took:.0f} s -> {folder}"
+        f"in {outcome.seconds:.0f} s and {outcome.processes} processes -> {folder}"
     )
-    for problem in outcome.unfinished:
-        click.echo(f"unfinished: {problem}")
-    for problem in outcome.winnerless:
-        click.echo(f"only the default is left: {problem}; see dks-profile show {folder}")
+    if outcome.processes:
+        click.echo(
+            f"isolation and storage took {outcome.idle_s:.1f} s of that, {outcome.idle_s / outcome.seconds:.1%}: "
+            "starting processes, handing over, writing"
+        )
+    for id, lack in outcome.unfinished:
+        click.echo(f"unfinished: {id}: {lack}")
+    for id in outcome.winnerless:
+        click.echo(f"only the default is left: {id}; see dks-profile show {folder}")
     click.echo(f"next: dks-codegen build {folder} -o OUT_DIR --name NAME")
-    return 1 if outcome.winnerless else 0
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Event], None]]:
-    """A bar with an ETA on a terminal, one plain line a problem elsewhere."""
+    """A bar with an ETA on a terminal, one plain line a problem elsewhere; both still while kernels are timed."""
     console = Console()
     if not console.is_terminal:
-        start = time.monotonic()
-        measured = [0, 0]
+        start = [time.monotonic()]
 
         def line(event: Event) -> None:
-            measured[event.reused] += 1
-            if event.reused:
-                return
-            spent = time.monotonic() - start
-            left = (event.total - event.done) * spent / measured[0]
+            if event.done == 1:
+                start[0] = time.monotonic()
+            left = (event.total - event.done) * (time.monotonic() - start[0]) / max(1, event.done - 1)
             click.echo(
-                f"[{event.done}/{event.total}] {event.task.problem.id}  {_headline(event.rows)}  ~{left:.0f} s left"
+                f"[{event.done}/{event.total}] process {event.process}: {event.problem.id}  {event.headline}"
+                + (f"  ~{left:.0f} s left of this pass" if event.done > 1 else "")
             )
 
         yield line
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        bar_task = bar.add_task("measuring", total=None)
+    # A thread that redraws the bar would be a neighbour to the kernels.
+    with Progress(*columns, console=console, auto_refresh=False) as bar:
+        passes: dict[int, TaskID] = {}
 
         def advance(event: Event) -> None:
-            bar.update(bar_task, total=event.total, completed=event.done)
-            if not event.reused:
-                bar.console.print(escape(f"{event.task.problem.id}  {_headline(event.rows)}"), highlight=False)
+            if event.done == 1 or not passes:
+                passes.clear()
+                passes[0] = bar.add_task(f"process {event.process}", total=event.total)
+            bar.update(passes[0], completed=event.done)
+            bar.console.print(escape(f"{event.problem.id}  {event.headline}"), highlight=False)
+            bar.refresh()
 
         yield advance
-
-
-def _headline(rows: list[Measurement]) -> str:
-    timed = [row for row in rows if row.status == "ok" and row.ratio is not None]
-    if not timed:
-        return "no candidate could be timed"
-    best = max(timed, key=lambda row: row.ratio or 0.0)
-    return f"{best.candidate} {best.ratio:.2f}x ({(best.median_ns or 0) / 1e3:.0f} us)"
 
 
 @cli.command()
@@ -157,14 +171,36 @@ def show(folder: Path, op: str | None) -> int:
     for row in rows:
         by_problem.setdefault(row.problem, []).append(row)
     table = Table(title=f"{folder}: {len(by_problem)} problems, {len(rows)} candidates measured")
-    for column in ("problem", "class", "fastest", "default us", "us", "ratio [95 % CI]", "error", "n"):
-        table.add_column(column, justify="left" if column in ("problem", "class", "fastest") else "right")
+    for column in (
+        "problem",
+        "role",
+        "class",
+        "fastest",
+        "default us",
+        "us",
+        "ratio [95 % CI]",
+        "error",
+        "n",
+        "processes",
+    ):
+        table.add_column(column, justify="left" if column in ("problem", "role", "class", "fastest") else "right")
     for problem in sorted(by_problem, key=_problem_order):
         for cells in _show_problem(problem, by_problem[problem]):
             table.add_row(*cells)
     command_line.print_table(table)
+    _show_disturbed(rows)
     _show_failures(rows)
     return 0
+
+
+def _show_disturbed(rows: list[Measurement]) -> None:
+    """How much was thrown away: rounds of the framework's own kernel, which takes part in all of them."""
+    flags = [flag for row in rows if row.candidate == pool.operator(row.op).default for flag in row.disturbed]
+    if flags:
+        click.echo(
+            f"{sum(flags)} of {len(flags)} rounds were disturbed by others ({sum(flags) / len(flags):.1%}): "
+            "marked, repeated, and left out of every figure where enough others are left"
+        )
 
 
 def _problem_order(text: str) -> tuple[object, ...]:
@@ -177,7 +213,7 @@ def _show_problem(problem: str, rows: list[Measurement]) -> Iterator[tuple[str, 
     default = next((row for row in rows if row.candidate == pool.operator(row.op).default), rows[0])
     timed = [row for row in rows if row.status == "ok" and row.ratio is not None]
     if not timed:
-        yield (escape(problem), "", "none could be timed", "", "", "", "", "")
+        yield (escape(problem), "", "", "none could be timed", "", "", "", "", "", "")
     for precision in ("exact", "bf16", "int8", "int4"):
         group = [row for row in timed if row.precision == precision]
         if not group:
@@ -185,6 +221,7 @@ def _show_problem(problem: str, rows: list[Measurement]) -> Iterator[tuple[str, 
         best = max(group, key=lambda row: row.ratio or 0.0)
         yield (
             escape(problem),
+            best.role.replace("_", " ") if problem else "",
             precision,
             best.candidate,
             f"{(default.median_ns or 0) / 1e3:.1f}",
@@ -192,6 +229,7 @@ def _show_problem(problem: str, rows: list[Measurement]) -> Iterator[tuple[str, 
             f"{best.ratio:.2f} [{best.ratio_low or 0:.2f}, {best.ratio_high or float('inf'):.2f}]",
             f"{best.error:.1e}",
             str(len(best.samples_ns)),
+            str(len(set(best.processes))),
         )
         problem = ""
 
@@ -214,7 +252,15 @@ def doctor() -> int:
         click.echo(f"{name:>10}: {value}")
     cache = private_cache_bytes()
     click.echo(f"{'cache':>10}: {f'{cache} bytes private to a core' if cache else 'unknown: 2 MiB is assumed'}")
-    click.echo(f"{'energy':>10}: not measured: no counter is read yet")
+    click.echo(
+        f"{'energy':>10}: {EnergyMeter().unavailable() or 'read from RAPL: the packages, their idle power in it'}"
+    )
+    blind = Watch().unavailable()
+    click.echo(
+        f"{'watched':>10}: interference by {', '.join(s.name for s in default_sources() if s.name not in blind)}"
+    )
+    for name, reason in blind.items():
+        click.echo(f"{'':>10}  not by {name}: {reason}")
     table = Table(title="kernels")
     for column in ("operator", "kernel", "precision", "weight form", "here"):
         table.add_column(column)
@@ -224,6 +270,36 @@ def doctor() -> int:
             why = kernel.unavailable()
             table.add_row(op, kernel.id, classes, kernel.form or "-", "yes" if why is None else f"no: {why}")
     command_line.print_table(table)
+    return 0
+
+
+@cli.command()
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option("--min-rounds", type=click.IntRange(2), default=10, show_default=True, help="As in a config.")
+@click.option("--max-rounds", type=click.IntRange(2), default=100, show_default=True, help="As in a config.")
+@click.option(
+    "--precision", type=click.FloatRange(1e-6, 1), default=0.02, show_default=True, help="As in a config."
+)
+def replay(folder: Path, min_rounds: int, max_rounds: int, precision: float) -> int:
+    """Say what racing would have cost and chosen in RUN_DIR, a run measured with racing: false. Needs no device.
+
+    \b
+    dks-profile replay runs/exhaustive --precision 0.01
+    """
+    rule = StoppingRule(min_rounds, max_rounds, seconds=3600.0, precision=precision)
+    found = replay_run(read_run(folder), rule)
+    table = Table(title=f"{folder}: {found.problems} problems replayed, {found.cells} choices")
+    for column in ("rule", "kernel seconds", "half-width of the chosen ratio"):
+        table.add_column(column, justify="left" if column == "rule" else "right")
+    for label, seconds, width in zip(("racing", "exhaustive"), found.kernel_s, found.width, strict=True):
+        table.add_row(label, f"{seconds:.2f}", f"{width:.2%}")
+    command_line.print_table(table)
+    regret = found.regret
+    click.echo(
+        f"racing takes {found.saved:.1f}x fewer kernel seconds; regret of its choices {regret.value:.2%} "
+        f"[{regret.low:.2%}, {regret.high:.2%}] in the geometric mean, {found.worst:.2%} at worst; "
+        f"{found.same} of {found.cells} choices are those of the exhaustive sweep"
+    )
     return 0
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from dks.dispatch.bins import Bins
 from dks.dispatch.kernel import Operator
 from dks.dispatch.problem import Candidate
 from dks.profiler.document import ConfigError, Document, Where, one_of, unknown
-from dks.profiler.forms import Measure, OperatorForm, Quantiles, read_form
-from dks.profiler.problems import MAX_PROBLEMS, Axis, Entry, Plan, WeightedProblem
+from dks.profiler.forms import Measure, NeighbourForm, OperatorForm, Quantiles, read_form
+from dks.profiler.problems import MAX_PROBLEMS, Axis, Entry, Kind, Neighbour, Neighbours, Plan, WeightedProblem
 
 __all__ = ["ConfigError", "Measure", "OperatorSweep", "Sweep", "WeightedProblem", "load"]
 
@@ -30,12 +30,16 @@ class OperatorSweep:
         problems: grouped by static dims and traits, dynamic dims ascending in a group.
         candidates: the framework's own kernel first.
         bins: of each dynamic dim, in the operator's order; a tied dim has those of the dim it follows.
+        tie: dims that take the size of another one.
+        neighbours: what the model runs before and after a problem, by its operator, traits and static dims.
     """
 
     op: str
     problems: tuple[WeightedProblem, ...]
     candidates: tuple[Candidate, ...]
     bins: Mapping[str, Bins]
+    tie: Mapping[str, str] = field(default_factory=dict)
+    neighbours: Mapping[Kind, Neighbours] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ def load(path: str | Path) -> Sweep:
     plans: list[tuple[Plan, tuple[Candidate, ...]]] = []
     for name, operator_form in form.operators.items():
         if name in found:
-            plan = _plan(document, found[name], operator_form)
+            plan = _plan(document, found[name], operator_form, form.measure.cache)
             plans.append((plan, _candidates(document, found[name], operator_form.candidates)))
         else:
             document.fault(("operators", name), unknown(name, found))
@@ -98,17 +102,24 @@ def load(path: str | Path) -> Sweep:
 
 def _enumerate(plan: Plan, candidates: tuple[Candidate, ...]) -> OperatorSweep:
     bins = {name: plan.axes[name].bins for name in plan.op.dynamic}
-    return OperatorSweep(plan.op.name, plan.problems(), candidates, bins)
+    return OperatorSweep(plan.op.name, plan.problems(), candidates, bins, plan.tie, plan.neighbours())
 
 
-def _plan(document: Document, op: Operator, form: OperatorForm) -> Plan:
+def _plan(document: Document, op: Operator, form: OperatorForm, cache: str) -> Plan:
     entries = []
     for index, entry in enumerate(form.problems):
         where = ("operators", op.name, "problems", index)
         _check_dims(document, op, entry.dims, (*where, "dims"))
         _check_traits(document, op, entry.traits, (*where, "traits"))
         traits = {name: entry.traits.get(name, values[:1]) for name, values in op.traits.items()}
-        entries.append(Entry(entry.dims, traits, entry.count))
+        before, after = (
+            _neighbours(document, op, getattr(entry, side), (*where, side)) for side in ("before", "after")
+        )
+        entries.append(Entry(entry.dims, traits, entry.count, Neighbours(before, after)))
+        if cache == "pipeline" and not (entry.before or entry.after):
+            document.fault(
+                where, "found neither before nor after, expected a neighbour: the cache state is pipeline"
+            )
     tie = _tie(document, op, form.tie)
     return Plan(op, tuple(entries), _axes(document, op, form, tie), tie, form.alignments)
 
@@ -133,6 +144,34 @@ def _check_traits(doc: Document, op: Operator, traits: Mapping[str, Sequence[str
         for value in values:
             if value not in op.traits[name]:
                 doc.fault((*where, name), unknown(value, op.traits[name]))
+
+
+def _neighbours(
+    document: Document, op: Operator, forms: Sequence[NeighbourForm], where: Where
+) -> tuple[Neighbour, ...]:
+    """Those that make sense, after noting what does not."""
+    found = []
+    for index, form in enumerate(forms):
+        here = (*where, index)
+        if form.op not in pool.operators():
+            document.fault((*here, "op"), unknown(form.op, pool.operators()))
+            continue
+        theirs = pool.operator(form.op)
+        _check_traits(document, theirs, {name: (value,) for name, value in form.traits.items()}, (*here, "traits"))
+        sizes = {name: tuple(s.split("*")) if isinstance(s, str) else s for name, s in form.dims.items()}
+        for name, size in sizes.items():
+            if name not in theirs.dims:
+                document.fault((*here, "dims", name), unknown(name, theirs.dims))
+            for other in size if isinstance(size, tuple) else ():
+                if other not in op.dims:
+                    document.fault((*here, "dims", name), unknown(other, op.dims))
+        for name in theirs.dims:
+            if name not in sizes and name not in op.dims:
+                document.fault(
+                    (*here, "dims"), f"found no {name!r}, expected it: {op.name} has no dim of that name"
+                )
+        found.append(Neighbour(form.op, form.traits, sizes))
+    return tuple(found)
 
 
 def _tie(document: Document, op: Operator, tie: Mapping[str, str]) -> Mapping[str, str]:

@@ -37,6 +37,13 @@ def _text(pattern: str, said: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _flag(value: object) -> object:
+    # The document keeps YAML's yes and no as text, since they are values of traits.
+    if value not in (True, False, "yes", "no", "true", "false"):
+        raise ValueError("expected true or false")
+    return value in (True, "yes", "true")
+
+
 def _alignment(value: object) -> object:
     if type(value) is not int or value not in (1, 2, 4, 8, 16, 32, 64):
         raise ValueError("expected a power of two from 1 to 64")
@@ -68,6 +75,7 @@ Name = Annotated[str, _text("[a-z][a-z0-9_]{0,63}", "lower-case letters, digits 
 Device = Annotated[str, _text("cpu|cuda(:[0-9]{1,3})?", "cpu, cuda or cuda:N")]
 Pattern = Annotated[str, _text(r"[a-z0-9_./*?-]{1,200}", "a candidate's id, in which * and ? stand for any")]
 Rounds = Annotated[int, _number(2, 1_000_000, "2 to 1000000")]
+Flag = Annotated[bool, BeforeValidator(_flag)]
 Alignment = Annotated[int, BeforeValidator(_alignment)]
 
 
@@ -139,12 +147,32 @@ _SCHEMES: Mapping[str, type[BaseModel]] = {
 }
 
 
+def _size(value: object) -> object:
+    product = isinstance(value, str) and re.fullmatch(r"[a-z]+(\*[a-z]+)*", value)
+    if not product and (type(value) is not int or not 1 <= value <= MAX_DIM):
+        raise ValueError("expected a whole number from 1 to 2^40, or dims to multiply such as b*q")
+    return value
+
+
+class NeighbourForm(_Form):
+    """One entry under ``before`` or ``after``: ``{op: linear, dims: {m: b*q, n: 384, k: 384}}``."""
+
+    op: Name
+    traits: dict[str, Text] = {}
+    dims: dict[str, Annotated[int | str, BeforeValidator(_size)]] = {}
+
+
 class EntryForm(_Form):
-    """One entry under ``problems``. A list of a trait's values means each; ``count``: calls a model pass."""
+    """One entry under ``problems``. A list of a trait's values means each; ``count``: calls a model pass.
+
+    ``before`` and ``after`` are what the model runs around it, for the cache state ``pipeline``.
+    """
 
     dims: dict[str, Size]
     traits: dict[str, Annotated[tuple[str, ...], BeforeValidator(_each)]] = {}
     count: Annotated[int, _number(1, 1e9, "1 to 10^9")] = 1
+    before: tuple[NeighbourForm, ...] = ()
+    after: tuple[NeighbourForm, ...] = ()
 
 
 class OperatorForm(_Form):
@@ -159,14 +187,21 @@ class OperatorForm(_Form):
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """How long a problem is timed.
+    """How problems are timed.
 
     Attributes:
-        min_rounds: rounds of every candidate that are timed whatever they show.
-        max_rounds: rounds after which timing stops whatever they show.
-        seconds: cap on the timing of one problem.
+        min_rounds: rounds of every contender in each process that are timed whatever they show.
+        max_rounds: rounds in one process after which timing stops whatever they show.
+        seconds: cap on the kernel time of one problem in one process.
         precision: timing stops when the half-width of the confidence interval of every ratio that matters
             is below this.
+        processes: in how many processes, each with fresh memory, what is left of the candidates is timed.
+        racing: false keeps every candidate to the end, for a run that is to be replayed.
+        cache: state of caches while timing; see ``Measurement.cache``.
+        held_out: whether a ragged shape inside each bin is measured too, by no rule of the table's.
+        split: a bin is split where its representative's best candidate is slower than the best one on its
+            held-out shape by this share, with confidence; null never splits.
+        timeout: seconds of silence after which a candidate is killed.
         seed: of inputs and of the order of candidates.
     """
 
@@ -176,6 +211,12 @@ class Measure:
     max_rounds: Rounds = 100
     seconds: Annotated[float, _number(1e-3, 3600, "0.001 to 3600", whole=False)] = 1.0
     precision: Annotated[float, _number(1e-6, 1, "0.000001 to 1", whole=False)] = 0.02
+    processes: Annotated[int, _number(1, 100, "1 to 100")] = 3
+    racing: Flag = True
+    cache: Annotated[str, _text("cold|warm|pipeline", "cold, warm or pipeline")] = "cold"
+    held_out: Flag = True
+    split: Annotated[float, _number(0.001, 10, "0.001 to 10", whole=False)] | None = 0.1
+    timeout: Annotated[float, _number(0.1, 86400, "0.1 to 86400", whole=False)] = 120.0
     seed: Annotated[int, _number(0, 2**63 - 1, "0 to 2^63 - 1")] = 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dks.dispatch.bins import Bins
 from dks.dispatch.kernel import DTYPES, Operator
+from dks.dispatch.pool import operator
 from dks.dispatch.problem import MAX_DIM, Problem
 from dks.profiler.document import read_text, shown
 
@@ -48,12 +49,56 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
+class Neighbour:
+    """An operator that the model runs beside another one.
+
+    Attributes:
+        traits: what is left out is the first value; the dtype is that of the problem beside it.
+        dims: sizes, or names of the other problem's dims whose product is the size; what is left out is the
+            size that the other problem's dim of that name has.
+    """
+
+    op: str
+    traits: Mapping[str, str]
+    dims: Mapping[str, int | tuple[str, ...]]
+
+    def beside(self, problem: Problem) -> Problem:
+        """The neighbour of one problem."""
+        op = operator(self.op)
+        traits = {name: values[0] for name, values in op.traits.items()}
+        traits |= {"dtype": problem.trait("dtype"), **self.traits}
+        dims = {}
+        for name in op.dims:
+            size = self.dims.get(name, (name,))
+            dims[name] = size if isinstance(size, int) else math.prod(problem.dim(each) for each in size)
+        return Problem.of(self.op, traits, dims, op.max_align(Problem.of(self.op, traits, dims)))
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """What runs around a problem in the model, in order."""
+
+    before: tuple[Neighbour, ...] = ()
+    after: tuple[Neighbour, ...] = ()
+
+
+Kind = tuple[tuple[tuple[str, str], ...], tuple[tuple[str, int], ...]]
+"""Traits and static dims of a problem."""
+
+
+def kind_of(problem: Problem) -> Kind:
+    """Traits and static dims."""
+    return (problem.traits, tuple((name, problem.dim(name)) for name in operator(problem.op).static))
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One entry under ``problems``: static dims, the values of every trait, calls of one model pass."""
 
     dims: Mapping[str, int]
     traits: Mapping[str, tuple[str, ...]]
     count: int
+    neighbours: Neighbours = Neighbours()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +142,16 @@ class Plan:
                     for problem in self._aligned(traits, {**entry.dims, **sizes}):
                         weights[problem] = weights.get(problem, 0.0) + entry.count * share
         return tuple(WeightedProblem(problem, weight) for problem, weight in weights.items())
+
+    def neighbours(self) -> dict[Kind, Neighbours]:
+        """What the entries say of each kind of problem; the first entry that names one counts."""
+        found: dict[Kind, Neighbours] = {}
+        for entry in self.entries:
+            statics = tuple((name, entry.dims[name]) for name in self.op.static)
+            for values in product(*entry.traits.values()):
+                traits = tuple(sorted(zip(entry.traits, values, strict=True)))
+                found.setdefault((traits, statics), entry.neighbours)
+        return found
 
     def _cells(self) -> Iterator[tuple[dict[str, int], float]]:
         axes = [list(zip(self.axes[d].bins.edges, self.axes[d].shares, strict=True)) for d in self._free]

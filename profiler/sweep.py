@@ -1,54 +1,94 @@
-"""A sweep over a run directory: what is left to measure, in what order, within what budget."""
+"""A sweep: what is still to be measured, in what order, by which process, within what budget.
+
+It goes in passes. Each begins a fresh worker process, which visits every problem that needs a process more:
+candidates that nothing is known of are checked, then whatever still contends is timed. The first pass so races
+all candidates, the later ones confirm what is left of them. All decisions follow from what the run directory
+holds, so a sweep that was killed goes on where it was.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
-import hashlib
-import json
-import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
+from typing import Protocol
 
 import torch
 
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
-from dks.dispatch.evidence import Measurement, read_plan, read_rows, write_rows
-from dks.dispatch.kernel import source_digest
 from dks.dispatch.problem import Candidate, Problem
+from dks.profiler.bench import Job, entrants
 from dks.profiler.config import Sweep
-from dks.profiler.measure import Bench
-from dks.profiler.timing import Rounds, StoppingRule
+from dks.profiler.counters import EnergyMeter
+from dks.profiler.findings import FAULTS, Finding, Findings, Round, counted
+from dks.profiler.grid import Asked, Grid, grids
+from dks.profiler.isolation import Lost, Process, Setting
+from dks.profiler.problems import Neighbours, kind_of
+from dks.profiler.splitting import wide_bins
+from dks.profiler.store import Store, opened
+from dks.profiler.timing import StoppingRule
 
-RUN_FILE = "_run.json"
-LOCK_FILE = "_lock"
+STRIKES = 3  # problems that a candidate may crash or hang on before it is excluded from the others
+ATTEMPTS = 3  # checks of a candidate that may begin and never end, whatever ended the sweep, before it is excluded
+SCREENING_SHARE = 0.6  # of a budget; the rest confirms what the first pass left
+MAX_SPLITS = 3  # rounds of splitting: a bin is halved at most so often
+CLOSING_S = 0.02  # a problem, to put it into Parquet at the end: taken off the budget
+
+
+class Measurer(Protocol):
+    """A process that can measure; see ``isolation.Process``."""
+
+    number: int
+    busy_s: float
+
+    def check(self, problem: Problem, candidate: Candidate) -> tuple[Finding, bool]:
+        """As ``Bench.check``. Raises Lost."""
+
+    def time(self, job: Job) -> Iterator[list[Round] | tuple[str, Finding]]:
+        """As ``Bench.time``. Raises Lost."""
+
+    def joules(self, problem: Problem, name: str) -> tuple[float | None, str]:
+        """As ``Bench.joules``. Raises Lost."""
+
+    def close(self) -> None:
+        """End it, and all that it started."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One problem of a sweep, and the file its rows go to."""
+    """One problem of a sweep."""
 
     problem: Problem
-    candidates: tuple[Candidate, ...]
+    role: str
     weight: float
-    path: Path
-    plan: str
+    candidates: tuple[Candidate, ...]
+    neighbours: Neighbours
+
+    @property
+    def default(self) -> str:
+        """Id of the framework's own kernel."""
+        return pool.operator(self.problem.op).default
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One step of a sweep, for whoever shows progress."""
+    """One step of a sweep, for whoever shows progress.
+
+    Attributes:
+        done, total: problems of this pass.
+        process: number of the process that measured it.
+        headline: the fastest candidate so far and its ratio to the default, in words.
+    """
 
     done: int
     total: int
-    task: Task
-    rows: list[Measurement]
-    reused: bool
+    process: int
+    problem: Problem
+    headline: str
 
 
 @dataclass
@@ -56,31 +96,27 @@ class Outcome:
     """What a sweep did.
 
     Attributes:
-        measured: problems measured now.
-        reused: problems whose rows were there already.
-        unfinished: problems left out because the budget ran out.
+        measured: problems that something new was measured of.
+        reused: problems that needed nothing.
+        unfinished: problem id and what it lacks, where the budget ran out.
         winnerless: problems where candidates failed and nothing but the default is left.
+        split: bins that were too wide, as the new representatives.
+        notes: what was found in the run directory, in sentences.
+        stale: files that were set aside.
+        processes: workers started.
+        seconds: wall time; ``idle_s`` of it no kernel was being prepared, checked or timed.
     """
 
     measured: int = 0
     reused: int = 0
-    unfinished: list[str] = field(default_factory=list)
+    unfinished: list[tuple[str, str]] = field(default_factory=list)
     winnerless: list[str] = field(default_factory=list)
-
-
-def tasks_of(sweep: Sweep, folder: Path, environment: Environment) -> list[Task]:
-    """The problems of a sweep with their files. A task's plan changes with all that its rows depend on."""
-    tasks = []
-    digests = {id: source_digest(kernel) for id, kernel in pool.kernels().items()}
-    settings = json.dumps([environment.to_dict(), dataclasses.asdict(sweep.measure)], sort_keys=True)
-    for part in sweep.operators:
-        known = "".join(f"{c.id}={digests[c.kernel]};" for c in part.candidates)
-        for weighted in part.problems:
-            text = f"{weighted.problem.id}|{weighted.weight}|{known}|{settings}"
-            plan = hashlib.sha256(text.encode()).hexdigest()[:16]
-            path = folder / f"{weighted.problem.slug}.parquet"
-            tasks.append(Task(weighted.problem, part.candidates, weighted.weight, path, plan))
-    return tasks
+    split: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
+    processes: int = 0
+    seconds: float = 0.0
+    idle_s: float = 0.0
 
 
 def run_sweep(
@@ -89,142 +125,378 @@ def run_sweep(
     *,
     budget_s: float | None = None,
     fresh: bool = False,
+    whole: Sweep | None = None,
     notify: Callable[[Event], None] = lambda _: None,
+    start: Callable[[int, Setting], Measurer] = Process,
 ) -> Outcome:
-    """Measure what ``folder`` does not hold yet; a problem's rows are on disk before the next one begins.
+    """Measure what ``folder`` does not hold yet; what is measured is on disk before the next thing begins.
 
     Args:
-        budget_s: seconds for all of it. What is left is shared among the problems left; the ones that
-            don't fit are listed as unfinished.
+        budget_s: seconds for all of it. The heaviest traffic comes first, then what is least certain; what
+            does not fit is listed as unfinished.
         fresh: forget what ``folder`` holds.
+        whole: the sweep that ``sweep`` is a part of: files of problems that it does not have are set aside.
+            None leaves them.
+        start: what makes a process of a number; a recorded run can stand in for one.
 
     Raises:
-        BadInput: ``folder`` is in use, is not a run directory, or was measured in another environment.
+        BadInput: ``folder`` can't be used, or is damaged; or every candidate of a problem ends in the same fault.
         OSError: the disk refuses.
     """
+    began = time.monotonic()
     if sweep.threads is not None:
         torch.set_num_threads(sweep.threads)
     environment = Environment.current(sweep.device)
-    with _locked(folder):
-        _refuse_strangers(folder)
-        if fresh:
-            _forget(folder)
-        _claim(folder, sweep, environment)
-        return _run(sweep, tasks_of(sweep, folder, environment), environment, budget_s, notify)
-
-
-def _run(
-    sweep: Sweep,
-    tasks: list[Task],
-    environment: Environment,
-    budget_s: float | None,
-    notify: Callable[[Event], None],
-) -> Outcome:
-    outcome = Outcome()
-    settings = sweep.measure
-    rounds = Rounds(StoppingRule(), random.Random(settings.seed))
-    bench = Bench(environment, rounds, settings.seed)
-    todo = [task for task in tasks if read_plan(task.path) != task.plan]
-    deadline = None if budget_s is None else time.monotonic() + budget_s
-    left = len(todo)
-    for done, task in enumerate(tasks, 1):
-        if task not in todo:
-            rows = read_rows(task.path)
-            outcome.reused += 1
-            notify(Event(done, len(tasks), task, rows, reused=True))
-        elif deadline is not None and time.monotonic() >= deadline:
-            outcome.unfinished.append(task.problem.id)
-            continue
-        else:
-            share = settings.seconds if deadline is None else (deadline - time.monotonic()) / left
-            rounds.rule = StoppingRule(
-                settings.min_rounds, settings.max_rounds, min(settings.seconds, share), settings.precision
-            )
-            rows = bench.measure(task.problem, task.candidates, task.weight)
-            write_rows(task.path, rows, task.plan)
-            outcome.measured += 1
-            left -= 1
-            notify(Event(done, len(tasks), task, rows, reused=False))
-        if _winnerless(task, rows):
-            outcome.winnerless.append(task.problem.id)
-    return outcome
-
-
-def _winnerless(task: Task, rows: list[Measurement]) -> bool:
-    default = pool.operator(task.problem.op).default
-    failed = any(row.status in ("failed", "wrong_result") for row in rows)
-    return failed and not any(row.samples_ns and row.candidate != default for row in rows)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the run directory for this process. The kernel drops the lock with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("w")
-    except OSError as error:
-        raise BadInput(f"{folder}: can't be written ({error.strerror}); choose another -o RUN_DIR") from None
-    with file:
+    settings = {"cache": sweep.measure.cache, "seed": sweep.measure.seed}
+    with opened(folder, sweep.name, environment, settings, fresh=fresh) as store:
+        setting = Setting(sweep.threads, sweep.measure.seed, sweep.measure.cache, sweep.measure.timeout, folder)
+        deadline = None if budget_s is None else began + budget_s
+        run = _Run(sweep, store, lambda number: start(number, setting), deadline, notify)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(
-                f"{folder}: found another sweep at work in it, expected to be alone; "
-                "wait for it, or choose another -o RUN_DIR"
-            ) from None
-        yield
+            run.go()
+        finally:
+            run.close()
+        if whole is not None:
+            run.outcome.stale = store.set_aside(run.wanted() | _rest(sweep, whole, store))
+        run.outcome.seconds = time.monotonic() - began
+        run.outcome.idle_s = run.outcome.seconds - run.busy_s
+        return run.outcome
 
 
-def _refuse_strangers(folder: Path) -> None:
-    """Refuse a directory that holds anything and is no run directory."""
-    strangers = [p.name for p in folder.iterdir() if not p.name.startswith("_")]
-    if strangers and not (folder / RUN_FILE).exists():
-        (folder / LOCK_FILE).unlink()
-        raise BadInput(
-            f"{folder}: found {strangers[0]!r} in it and no {RUN_FILE}, expected a run directory or an "
-            "empty one; choose another -o RUN_DIR"
-        )
+def _rest(sweep: Sweep, whole: Sweep, store: Store) -> set[Problem]:
+    """Problems of the whole sweep's other operators: this part does not judge them."""
+    ours = {part.op for part in sweep.operators}
+    others = {part.op for part in whole.operators if part.op not in ours}
+    return {problem for problem in store.problems() if problem.op in others}
 
 
-def _claim(folder: Path, sweep: Sweep, environment: Environment) -> None:
-    """Make ``folder`` the run directory of this config and environment, or refuse."""
-    path = folder / RUN_FILE
-    if not path.exists():
-        ours = {"config": sweep.name, "environment": environment.to_dict()}
-        path.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-        return
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        config, theirs = held["config"], Environment.from_dict(held["environment"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BadInput(f"{path}: {error}; use --fresh, or measure into another -o RUN_DIR") from None
-    if config != sweep.name:
-        raise BadInput(
-            f"{folder}: found results of config {config!r}, expected {sweep.name!r}: they would end in one "
-            "table; use --fresh to drop them, or another -o RUN_DIR"
-        )
-    different = theirs.diff(environment)
-    if different:
-        raise BadInput(
-            f"{folder}: found results of another environment ({'; '.join(different)}), expected this one: "
-            "results are never mixed; use --fresh to drop them, or another -o RUN_DIR"
-        )
+class _Run:
+    """One run of a sweep."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        store: Store,
+        start: Callable[[int], Measurer],
+        deadline: float | None,
+        notify: Callable[[Event], None],
+    ) -> None:
+        self.outcome = Outcome(notes=store.notes)
+        self.busy_s = 0.0
+        self._sweep, self._store, self._start, self._notify = sweep, store, start, notify
+        self._deadline = deadline
+        self._process: Measurer | None = None
+        self._next = store.next_process()
+        s = sweep.measure
+        self._rule = StoppingRule(s.min_rounds, s.max_rounds, s.seconds, s.precision, racing=s.racing)
+        self._grids = [(part, grid) for part in sweep.operators for grid in grids(part)]
+        for problem in store.split_problems():
+            for part, grid in self._grids:
+                if part.op == problem.op and grid.holds(problem):
+                    grid.adopt(problem)
+        self._touched: set[Problem] = set()
+        self._visits: dict[Problem, int] = {}
+        self._energy = EnergyMeter().unavailable() is None
+        self._tasks = self._enumerate()
+
+    def wanted(self) -> set[Problem]:
+        """Every problem that belongs to the sweep, with held-out shapes of bins that were split since."""
+        known = {p for p in self._store.problems() if any(grid.holds(p) for _, grid in self._grids)}
+        kept = {p for p in known if self._store.role(p) == "held_out"} if self._sweep.measure.held_out else set()
+        return {task.problem for task in self._tasks} | kept
+
+    def go(self) -> None:
+        """Pass after pass, until nothing is missing or time is up."""
+        total = len(self._tasks)
+        while not self._late():
+            todo = self._todo()
+            if todo:
+                self._pass(todo)
+            elif not self._split():
+                break
+        self.outcome.unfinished = [(t.problem.id, lack) for t in self._tasks if (lack := self._lack(t))]
+        self.outcome.measured = len(self._touched)
+        self.outcome.reused = max(0, total - len(self._touched & {t.problem for t in self._tasks}))
+        self.outcome.winnerless = [t.problem.id for t in self._tasks if self._winnerless(t)]
+
+    def close(self) -> None:
+        """End the process, and put all that is known into Parquet."""
+        self._end_process()
+        for task in self._tasks:
+            self._store.compact(task.problem, task.role, task.weight, task.candidates)
+        self._store.retire_journal()
+
+    def _enumerate(self) -> list[Task]:
+        found = []
+        for part, grid in self._grids:
+            asked: list[Asked] = grid.corners()
+            asked += list(grid.held_out()) if self._sweep.measure.held_out else []
+            for each in asked:
+                neighbours = part.neighbours.get(kind_of(each.problem), Neighbours())
+                if self._sweep.measure.cache != "pipeline":
+                    neighbours = Neighbours()
+                found.append(Task(each.problem, each.role, each.weight, part.candidates, neighbours))
+        return found
+
+    # What is missing
+
+    def _todo(self) -> list[Task]:
+        """Problems that lack something: as they come without a budget, what matters most first within one."""
+        most = self._sweep.measure.processes + STRIKES
+        todo = [t for t in self._tasks if self._visits.get(t.problem, 0) < most and self._lack(t)]
+        if self._deadline is None:
+            return todo
+        heaviest: dict[object, float] = {}
+        for task in todo:
+            key = kind_of(task.problem)
+            heaviest[key] = max(heaviest.get(key, 0.0), self._matter(task))
+        # Problems of one weight stay together, since it is packed once for all of them.
+        unseen = [t for t in todo if not self._store.findings(t.problem).rounds]
+        unseen.sort(key=lambda t: (t.role == "held_out", -heaviest[kind_of(t.problem)], -t.weight))
+        rest = [t for t in todo if self._store.findings(t.problem).rounds]
+        return unseen + sorted(rest, key=lambda t: -self._matter(t))
+
+    def _lack(self, task: Task) -> str:
+        """What is still to be measured of a problem, in words; empty if nothing is."""
+        findings = self._store.findings(task.problem)
+        unchecked = [c for c in task.candidates if c.id not in findings.found]
+        if unchecked:
+            return "not measured" if len(unchecked) == len(task.candidates) else f"{len(unchecked)} unchecked"
+        names = self._names(task)
+        if not names:
+            return ""
+        contenders = self._rule.contenders(findings.rounds, entrants(task.problem, names))
+        # The default needs no confirmation where it has no rival left: nothing is chosen in its place.
+        wanted = self._sweep.measure.processes if len(contenders) > 1 else 1
+        done = self._done(task, findings, names)
+        return "" if done >= wanted else f"timed in {done} of {wanted} processes"
+
+    def _done(self, task: Task, findings: Findings, names: list[str]) -> int:
+        able = entrants(task.problem, names)
+        processes = {each.process for each in findings.rounds}
+        return sum(self._rule.done(findings.rounds, able, p) for p in processes)
+
+    def _names(self, task: Task) -> list[str]:
+        """Candidates that may be timed; none where the default can't be."""
+        findings = self._store.findings(task.problem)
+        names = [c.id for c in task.candidates if c.id in findings.found and findings.found[c.id].status == "ok"]
+        return names if task.default in names else []
+
+    def _matter(self, task: Task) -> float:
+        """Traffic weight x what is not known of the gain, in ns: the spread of the best rival's ratio."""
+        rounds = counted(self._store.findings(task.problem).rounds, 0)
+        names = self._names(task)
+        times = {n: {r.number: r.ns[n] for r in rounds if n in r.ns} for n in names}
+        own = times.get(task.default)
+        if not own:
+            return task.weight
+        spread = 0.0
+        for name in names:
+            ratios = sorted(own[r] / ns for r, ns in times[name].items() if r in own)
+            if name != task.default and ratios:
+                quarter = len(ratios) // 4
+                spread = max(spread, (ratios[-1 - quarter] - ratios[quarter]) / len(ratios) ** 0.5)
+        return task.weight * median(own.values()) * spread
+
+    def _winnerless(self, task: Task) -> bool:
+        found = self._store.findings(task.problem).found
+        failed = any(finding.status in (*FAULTS, "wrong_result") for finding in found.values())
+        others = [name for name, finding in found.items() if finding.status == "ok" and name != task.default]
+        return failed and not others
+
+    # A pass
+
+    def _pass(self, todo: list[Task]) -> None:
+        """Visit each problem once with a process that has not seen it."""
+        self._end_process()
+        screening = any(not self._store.findings(t.problem).rounds for t in todo)
+        for done, task in enumerate(todo, 1):
+            if self._late():
+                return
+            self._touched.add(task.problem)
+            self._visits[task.problem] = self._visits.get(task.problem, 0) + 1
+            if self._check(task):
+                self._time(task, self._until(todo[done - 1 :], screening))
+            number = self._process.number if self._process else self._next
+            self._notify(Event(done, len(todo), number, task.problem, self._headline(task)))
+
+    def _until(self, left: list[Task], screening: bool) -> float | None:
+        """When the visit to the first of ``left`` must end. In the first pass they share what is not kept for
+        confirming, half of it alike and half by traffic; later the one that matters most takes what it needs."""
+        if self._deadline is None:
+            return None
+        now, end = time.monotonic(), self._end()
+        if not screening:
+            return end
+        weights = sum(task.weight for task in left)
+        share = 0.5 / len(left) + (0.5 * left[0].weight / weights if weights else 0.0)
+        return min(end, now + SCREENING_SHARE * (end - now) * min(1.0, 2 * share))
+
+    def _end(self) -> float:
+        assert self._deadline is not None
+        return self._deadline - CLOSING_S * len(self._touched)
+
+    def _late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._end()
+
+    def _check(self, task: Task) -> bool:
+        """Check every candidate that nothing is known of; False where time ran out first.
+
+        Raises:
+            BadInput: every candidate that was tried ends in the same fault.
+        """
+        findings = self._store.findings(task.problem)
+        tried = False
+        for candidate in task.candidates:
+            if candidate.id in findings.found:
+                continue
+            if self._late():
+                return False
+            tried = True
+            finding = self._excluded(task, candidate) or self._try(task, candidate)
+            self._store.found(task.problem, candidate.id, finding)
+        if tried:
+            _refuse_broken(task, findings)
+        return True
+
+    def _excluded(self, task: Task, candidate: Candidate) -> Finding | None:
+        begun = self._store.attempts.get((task.problem.id, candidate.id), 0)
+        if begun >= ATTEMPTS:
+            return Finding("excluded", f"its check began {begun} times and never ended; --fresh tries it again")
+        struck = self._store.struck(candidate)
+        if len(struck) >= STRIKES:
+            reason = f"it crashed, hung or ran out of memory on {len(struck)} problems, such as {struck[0]}"
+            return Finding("excluded", reason)
+        return None
+
+    def _try(self, task: Task, candidate: Candidate) -> Finding:
+        finding = Finding()
+        for _ in range(2):
+            self._store.attempt(task.problem, candidate.id)
+            try:
+                finding, poisoned = self._worker().check(task.problem, candidate)
+            except Lost as lost:
+                self._end_process()
+                finding, poisoned = Finding(lost.status, lost.reason), False
+            if poisoned or _fatal(finding):
+                self._end_process()
+            if finding.status != "out_of_memory":
+                break
+            self._end_process()  # perhaps others had left too little: once more, in a fresh process
+        return finding
+
+    def _time(self, task: Task, until: float | None) -> None:
+        unnamed = False
+        while names := self._names(task):
+            job = Job(
+                problem=task.problem,
+                names=tuple(names),
+                rule=self._rule,
+                process=self._worker().number,
+                rounds=tuple(self._store.findings(task.problem).rounds),
+                until=until,
+                before=tuple(each.beside(task.problem) for each in task.neighbours.before),
+                after=tuple(each.beside(task.problem) for each in task.neighbours.after),
+            )
+            try:
+                for found in self._worker().time(job):
+                    if isinstance(found, list):
+                        self._store.add(task.problem, found)
+                    else:
+                        self._reject(task, *found)
+                if self._energy:
+                    self._read_energy(task)
+                return
+            except Lost as lost:
+                self._end_process()
+                if lost.candidate in names:
+                    self._reject(task, lost.candidate, Finding(lost.status, f"while it was timed: {lost.reason}"))
+                elif unnamed:
+                    raise BadInput(
+                        f"{task.problem.id}: found that its process died twice with no candidate running "
+                        f"({lost.reason}), expected only kernels to fail; what was measured is kept"
+                    ) from None
+                unnamed = lost.candidate not in names
+
+    def _read_energy(self, task: Task) -> None:
+        """Read the joules of what still contends, once."""
+        findings, names = self._store.findings(task.problem), self._names(task)
+        for name in self._rule.contenders(findings.rounds, entrants(task.problem, names)):
+            known = findings.found[name]
+            if known.energy_j is None and not self._late():
+                joules, note = self._worker().joules(task.problem, name)
+                self._store.found(task.problem, name, replace(known, energy_j=joules, energy_note=note))
+
+    def _reject(self, task: Task, name: str, finding: Finding) -> None:
+        """Replace what was known of a candidate that did not stay right."""
+        self._store.found(task.problem, name, finding)
+
+    def _worker(self) -> Measurer:
+        if self._process is None:
+            self._process = self._start(self._next)
+            self._next += 1
+            self.outcome.processes += 1
+        return self._process
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            self.busy_s += self._process.busy_s
+            self._process.close()
+            self._process = None
+
+    def _headline(self, task: Task) -> str:
+        rounds = counted(self._store.findings(task.problem).rounds, 0)
+        ratios = {
+            name: median([r.ns[task.default] / r.ns[name] for r in both])
+            for name in self._names(task)
+            if (both := [r for r in rounds if name in r.ns and task.default in r.ns])
+        }
+        if not ratios:
+            return "no candidate could be timed"
+        best = max(ratios, key=lambda name: ratios[name])
+        us = median([r.ns[best] for r in rounds if best in r.ns]) / 1e3
+        return f"{best} {ratios[best]:.2f}x ({us:.0f} us)"
+
+    def _split(self) -> bool:
+        """Split the bins that are too wide; whether there are any, and so more to measure."""
+        limit = self._sweep.measure.split
+        if limit is None or not self._sweep.measure.held_out or len(self.outcome.split) > len(self._tasks):
+            return False
+        split = False
+        for _, grid in self._grids:
+            if grid.splits < MAX_SPLITS:
+                split |= self._split_grid(grid, limit)
+        self._tasks = self._enumerate()
+        return split
+
+    def _split_grid(self, grid: Grid, limit: float) -> bool:
+        wide = wide_bins(grid.held_out(), self._store.findings, limit)
+        done = [inner for inner, corner in wide if grid.split(corner, inner)]
+        self.outcome.split += [inner.id for inner in done]
+        grid.splits += bool(done)
+        return bool(done)
 
 
-def set_aside(sweep: Sweep, folder: Path) -> list[str]:
-    """Rename the files of problems that the whole config no longer has, so that no table takes them.
+def _fatal(finding: Finding) -> bool:
+    """Whether an exception may have left the process or its device unfit: any that Python itself does not raise
+    for a wrong argument."""
+    ordinary = ("NotImplementedError", "TypeError", "ValueError", "RuntimeError")
+    device = any(word in finding.reason for word in ("CUDA", "cuBLAS", "HIP", "device-side", "illegal"))
+    return finding.status == "failed" and (device or not finding.reason.startswith(ordinary))
 
-    Returns:
-        their new names, which begin with ``_stale-``.
+
+def _refuse_broken(task: Task, findings: Findings) -> None:
+    """Stop where nothing works: then it is not the kernels.
+
+    Raises:
+        BadInput: see ``_Run._check``.
     """
-    wanted = {f"{w.problem.slug}.parquet" for part in sweep.operators for w in part.problems}
-    stale = sorted(path for path in folder.glob("*.parquet") if path.name not in wanted and path.name[0] != "_")
-    return [path.rename(folder / f"_stale-{path.name}").name for path in stale]
-
-
-def _forget(folder: Path) -> None:
-    """Drop what a sweep wrote here, and nothing else."""
-    for path in folder.iterdir():
-        ours = path.suffix == ".parquet" and read_plan(path) is not None
-        if ours or path.name == RUN_FILE or path.name.startswith("_partial-"):
-            path.unlink()
+    idle = ("unsupported", "unavailable", "excluded")
+    tried = [f for c in task.candidates if (f := findings.found[c.id]).status not in idle]
+    statuses = {finding.status for finding in tried}
+    if len(tried) > 1 and len(statuses) == 1 and statuses <= set(FAULTS):
+        raise BadInput(
+            f"{task.problem.id}: found the same fault on all {len(tried)} candidates, the framework's own among "
+            f"them ({tried[0].status}: {tried[0].reason}), expected a kernel that works: the device or its "
+            "libraries are broken; what was measured is kept; repair it and run again with --fresh"
+        )

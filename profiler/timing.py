@@ -1,29 +1,30 @@
 """Interleaved timing: candidates in randomised rounds, and the rule that says when it is enough.
 
-Clock and randomness come from outside, so tests feed the rule with numbers.
+Nothing here touches a device: rounds come from a sampler, which is a set of kernels, a recorded run, or a test.
 """
 
 from __future__ import annotations
 
-import gc
-import random
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 from dks.dispatch.intervals import paired_ratio
+from dks.profiler.findings import Round, counted
 
-Clock = Callable[[], int]
-"""Monotonic nanoseconds."""
-
+LOOKS = (2, 4, 6)
+"""Rounds after which candidates are compared, at first; then every ``LOOK`` rounds. Six are the fewest that give
+a median an interval: before, only a candidate that is far behind in every round is dropped."""
 
 LOOK = 5
-"""Intervals are looked at every so many rounds: each costs a sort."""
 
-FIRST_LOOK = 6
-"""Rounds that every candidate takes part in: the fewest that give a median an interval, so that a policy which
-rules the fastest out still finds evidence for the others."""
+FAR = 2.0
+"""Before there is an interval: the fastest sample of a candidate that is dropped is this many times slower than
+the slowest of one that could serve in its stead."""
+
+WINDOW_S = 0.1
+"""Interference is looked for, and rounds are handed over to be kept, at least so often."""
 
 Level = tuple[int, int]
 """What a candidate asks of its caller: precision class (0 is exact) and whether its weight must be packed."""
@@ -35,13 +36,28 @@ def covers(one: Level, other: Level) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Entrants:
+    """The candidates of one problem that may be timed.
+
+    Attributes:
+        names: candidate ids, ``default`` among them.
+        default: the framework's own, which is never dropped.
+        levels: what each asks of its caller.
+    """
+
+    names: tuple[str, ...]
+    default: str
+    levels: Mapping[str, Level]
+
+
+@dataclass(frozen=True, slots=True)
 class StoppingRule:
-    """When to stop timing a problem, and which candidates still deserve samples.
+    """When to stop timing a problem in one process, and which candidates still deserve samples.
 
     Attributes:
         min_rounds: rounds before the answer can be trusted at all; six give a median an interval.
         max_rounds: rounds at most.
-        seconds: time for the rounds of one problem; min_rounds are finished even so.
+        seconds: kernel time of a problem in one process; min_rounds are finished even so.
         precision: enough is known once every contender's ratio interval is narrower than +- this share,
             and two candidates closer than it are not told apart.
         trailing: a candidate gets no more samples once its interval lies wholly behind one that could serve
@@ -56,107 +72,115 @@ class StoppingRule:
     trailing: float = 1.5
     racing: bool = True
 
-    def contenders(
-        self, samples: Mapping[str, Sequence[int]], default: str, levels: Mapping[str, Level]
-    ) -> list[str]:
-        """The candidates that the next round measures, in the order of ``samples``; the default always."""
-        rounds = len(samples[default])
-        active = [name for name, times in samples.items() if len(times) == rounds]
-        if not self.racing:
+    def contenders(self, rounds: Sequence[Round], entrants: Entrants) -> list[str]:
+        """Those that the next round measures, in their order; the default always.
+
+        A candidate that was dropped stays dropped; one that no round has seen yet takes part.
+
+        Args:
+            rounds: all that are known, of any process.
+        """
+        if not self.racing or not rounds:
+            return list(entrants.names)
+        names, default = entrants.names, entrants.default
+        last = rounds[-1].ns
+        active = [n for n in names if n == default or n in last or _new(n, rounds)]
+        good = counted(rounds, self.min_rounds)
+        if not self._is_look(len(good)):
             return active
-        if rounds != FIRST_LOOK and (rounds < FIRST_LOOK or rounds % LOOK):
-            return active
-        return [n for n in active if n == default or not self._hopeless(n, active, samples, levels)]
+        samples = {name: {r.number: r.ns[name] for r in good if name in r.ns} for name in active}
+        return [n for n in active if n == default or not self._hopeless(n, active, samples, entrants.levels)]
+
+    def _is_look(self, rounds: int) -> bool:
+        return rounds in LOOKS or (rounds > LOOKS[-1] and rounds % LOOK == 0)
 
     def _hopeless(
-        self, name: str, active: Sequence[str], samples: Mapping[str, Sequence[int]], levels: Mapping[str, Level]
+        self,
+        name: str,
+        active: Sequence[str],
+        samples: Mapping[str, Mapping[int, int]],
+        levels: Mapping[str, Level],
     ) -> bool:
         # Only what could serve in its stead makes a candidate hopeless: a faster int8 kernel says nothing
         # where the budget asks for float32, nor a packed one where nothing is prepared.
-        rivals = [other for other in active if other != name and covers(levels[other], levels[name])]
+        own = samples[name]
+        rivals = [
+            (theirs, [own[r] for r in shared])
+            for other in active
+            if other != name and covers(levels[other], levels[name])
+            for shared in [own.keys() & samples[other].keys()]
+            if len(shared) >= LOOKS[0]
+            for theirs in [[samples[other][r] for r in shared]]
+        ]
         if not rivals:
             return False
-        best = min(rivals, key=lambda other: median(samples[other]))
-        if min(samples[name]) > self.trailing * median(samples[best]):
-            return True
-        return paired_ratio(samples[best], samples[name]).high < 1.0 - self.precision
+        best, mine = min(rivals, key=lambda rival: median(rival[0]))
+        if len(mine) < LOOKS[-1]:
+            return min(mine) > FAR * max(best)
+        return min(mine) > self.trailing * median(best) or paired_ratio(best, mine).high < 1.0 - self.precision
 
-    def done(
-        self,
-        samples: Mapping[str, Sequence[int]],
-        default: str,
-        levels: Mapping[str, Level],
-        elapsed_s: float,
-    ) -> bool:
-        """Whether to stop after these rounds."""
-        rounds = len(samples[default])
-        if rounds < self.min_rounds:
+    def done(self, rounds: Sequence[Round], entrants: Entrants, process: int) -> bool:
+        """Whether process ``process`` has timed this problem enough."""
+        own = counted([each for each in rounds if each.process == process], self.min_rounds)
+        if len(own) < self.min_rounds:
             return False
-        if rounds >= self.max_rounds or elapsed_s >= self.seconds:
+        # Kernel time, not the clock's: evidence alone decides, so a resumed or replayed sweep decides alike.
+        if len(own) >= self.max_rounds or sum(sum(each.ns.values()) for each in own) >= self.seconds * 1e9:
             return True
-        if rounds % LOOK:
+        if len(own) % LOOK:
             return False
-        contenders = self.contenders(samples, default, levels)
-        ratios = [paired_ratio(samples[default], samples[name]) for name in contenders if name != default]
-        return all(r.high - r.low <= 2 * self.precision * r.value for r in ratios)
+        default = entrants.default
+        for name in self.contenders(rounds, entrants):
+            pairs = [(each.ns[default], each.ns[name]) for each in own if name in each.ns and default in each.ns]
+            ratio = paired_ratio(*zip(*pairs, strict=True)) if pairs else None
+            if name != default and (ratio is None or ratio.high - ratio.low > 2 * self.precision * ratio.value):
+                return False
+        return True
 
 
-@dataclass
-class Rounds:
-    """Times a set of calls in randomised interleaved rounds.
+def _new(name: str, rounds: Sequence[Round]) -> bool:
+    return sum(name in each.ns for each in rounds) < LOOKS[0]
 
-    Attributes:
-        rule: when to stop.
-        rng: the order inside a round.
-        clock: monotonic nanoseconds.
+
+class Sampler(Protocol):
+    """Whatever can time a round."""
+
+    def round(self, names: Sequence[str]) -> dict[str, int]:
+        """Nanoseconds of one call of each."""
+
+    def watch(self) -> None:
+        """Begin to look for interference."""
+
+    def disturbed(self) -> str:
+        """What interfered since ``watch``, in words; empty if nothing was noticed."""
+
+
+def race(
+    rule: StoppingRule,
+    sampler: Sampler,
+    rounds: list[Round],
+    entrants: Entrants,
+    process: int,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> Iterator[list[Round]]:
+    """Time one problem in one process until the rule is content; appends to ``rounds``.
+
+    Yields:
+        the new rounds, some at a time, marked where interference was noticed while they were taken.
     """
-
-    rule: StoppingRule
-    rng: random.Random
-    clock: Clock = time.perf_counter_ns
-
-    def run(
-        self,
-        calls: Mapping[str, Sequence[Callable[[], object]]],
-        default: str,
-        levels: Mapping[str, Level],
-    ) -> dict[str, list[int]]:
-        """Nanoseconds of each call, one a round, by candidate.
-
-        Args:
-            calls: by candidate, the same call on several copies of its weights. Round r uses copy r modulo
-                their number, so that no call finds its weights in the private cache.
-            default: the candidate that is never dropped.
-            levels: by candidate, what it asks of its caller.
-        """
-        samples: dict[str, list[int]] = {name: [] for name in calls}
-        for copies in calls.values():
-            for copy in copies:  # the first call on a fresh copy pays for more than its weights
-                copy()
-        start = self.clock()
-        collecting = gc.isenabled()
-        gc.disable()  # a collection inside a sample would be charged to whichever candidate it hits
-        try:
-            while not self.rule.done(samples, default, levels, (self.clock() - start) / 1e9):
-                self._round(calls, samples, self.rule.contenders(samples, default, levels))
-        finally:
-            if collecting:
-                gc.enable()
-        return samples
-
-    def _round(
-        self,
-        calls: Mapping[str, Sequence[Callable[[], object]]],
-        samples: dict[str, list[int]],
-        order: list[str],
-    ) -> None:
-        self.rng.shuffle(order)
-        clock = self.clock
-        for name in order:
-            times = samples[name]
-            call = calls[name][len(times) % len(calls[name])]
-            before = clock()
-            result = call()
-            after = clock()
-            del result  # freed outside the timed span, as a caller would later
-            times.append(after - before)
+    window: list[Round] = []
+    sampler.watch()
+    while not (finished := rule.done(rounds, entrants, process) or out_of_time()) or window:
+        spent = sum(sum(each.ns.values()) for each in window)
+        if window and (finished or spent >= WINDOW_S * 1e9):
+            reason = sampler.disturbed()
+            for each in window:
+                each.disturbed = reason
+            yield window
+            window = []
+            sampler.watch()
+            continue  # what was marked doesn't count: the rule may ask for more
+        number = rounds[-1].number + 1 if rounds else 0
+        taking = rule.contenders(rounds, entrants)
+        window.append(Round(number, process, sampler.round(taking)))
+        rounds.append(window[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ import pytest
 
 from dks.codegen.cli import main
 from dks.dispatch.evidence import Measurement, write_rows
-from tests.codegen.rows import ENVIRONMENT, problem
+from tests.codegen.rows import ENVIRONMENT, problem, row
 from tests.codegen.test_package import here, made_rows
 from tests.commands import Done, run
 
@@ -27,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
     for r in here(made_rows()):
         by_problem.setdefault(r.problem, []).append(r)
     for index, rows in enumerate(by_problem.values()):
-        write_rows(path / f"{index}.parquet", rows, "plan")
+        write_rows(path / f"{index}.parquet", rows)
     return path
 
 
@@ -36,7 +37,7 @@ def foreign(tmp_path: Path) -> Path:
     """A run directory of another machine."""
     path = tmp_path / "foreign"
     path.mkdir()
-    write_rows(path / "all.parquet", made_rows(), "plan")
+    write_rows(path / "all.parquet", made_rows())
     return path
 
 
@@ -81,7 +82,7 @@ def test_another_schema_version(folder: Path, tmp_path: Path) -> None:
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({b"dks.schema": b"99"}), path)
     done = command("build", folder, "-o", tmp_path / "out", "--name", "small_table")
-    assert done.returncode == 2 and "schema version 99, expected 1" in done.stderr
+    assert done.returncode == 2 and "schema version 99, expected 2" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -123,3 +124,58 @@ def test_problems_have_one_home(folder: Path) -> None:
     """The same problem in two run directories is a contradiction, not more evidence."""
     done = command("build", folder, folder, "-o", folder / "out", "--name", "small_table")
     assert done.returncode == 2 and "two measurements" in done.stderr and problem(1).id in done.stderr
+
+
+def with_held_out(folder: Path) -> None:
+    """A held-out shape of the bin m <= 256: what was chosen there is 50 % behind the best."""
+    times = {"torch.linear": 300, "mkldnn.linear_packed": 60, "torch.addmm": 40}
+    rows = [row(id, us, problem(200), role="held_out") for id, us in times.items()]
+    write_rows(folder / "held_out.parquet", here(rows))
+
+
+def test_the_certificate_is_printed_kept_and_checked(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plain = command("build", folder, "-o", out, "--name", "small_table")
+    assert "no certificate: the run has no held-out shapes" in plain.stdout
+    assert "no certificate: the run has no held-out shapes" in command("check", out).stdout
+    with_held_out(folder)
+    built = command("build", folder, "-o", out, "--name", "small_table")
+    assert built.returncode == 0 and "linear prepared" in built.stdout and "50.0 %" in built.stdout
+    assert "m=200" in built.stdout and "epilogue=none](m=200" in built.stdout, "no markup is made of the traits"
+    manifest = json.loads((out / "small_table" / "manifest.json").read_text())
+    assert manifest["certificate"]["overall"]["max"] == 0.5 and manifest["certificate_note"] == ""
+    lut = json.loads((out / "small_table" / "lut.json").read_text())
+    assert lut["certificate"] == manifest["certificate"] and len(lut["held_out"]) == 2
+    checked = command("check", out)
+    assert checked.returncode == 0 and "regret on 1 held-out shapes" in checked.stdout
+    assert "exact match" in command("explain", out, "linear", "m=256", "n=64", "k=32").stdout
+
+
+def test_a_limit_on_the_regret_refuses_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("build", folder, "-o", out, "--name", "small_table", "--max-regret")
+    blind = command(*words, 0.05)
+    assert blind.returncode == 2 and "no held-out shapes" in blind.stderr
+    with_held_out(folder)
+    done = command(*words, 0.05)
+    assert done.returncode == 2 and problem(200).id in done.stderr and "Traceback" not in done.stderr
+    assert not out.exists()
+    assert command(*words, 0.5).returncode == 0
+    odd = command(*words, -1)
+    assert odd.returncode == 2 and "max_regret" in odd.stderr
+
+
+def test_a_manifest_of_before_certificates_still_reads(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert command("build", folder, "-o", out, "--name", "small_table").returncode == 0
+    path = out / "small_table" / "manifest.json"
+    data = json.loads(path.read_text())
+    del data["certificate"], data["certificate_note"]
+    path.write_text(json.dumps(data))
+    done = command("check", out)
+    assert done.returncode == 0 and "no certificate" in done.stdout
+    path.write_text(json.dumps({**data, "certificate": [1]}))
+    assert "certificate is list" in command("check", out).stderr
+    path.write_text(json.dumps({**data, "certificate": {}}))
+    odd = command("check", out)
+    assert odd.returncode == 2 and "Traceback" not in odd.stderr

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dks.codegen.choose import choose
 from dks.codegen.policy import Policy, load_policy
-from dks.codegen.select import choose, select
+from dks.codegen.select import select
 from dks.dispatch.errors import BadInput
 from dks.dispatch.table import Match
 from tests.codegen.rows import PROBLEM, problem, row
@@ -87,7 +88,7 @@ def test_a_default_that_failed_is_still_emitted_and_says_so() -> None:
 
 def test_objectives() -> None:
     steady = row("torch.addmm", [60.0] * 40)
-    tailed = row("mkl.linear_packed/rows64", [50.0] * 32 + [300.0] * 8)
+    tailed = row("mkl.linear_packed/rows64", [50.0, 50.0, 50.0, 50.0, 300.0] * 8)
     rows = [row("torch.linear", [100.0] * 40), steady, tailed]
     assert choose(PROBLEM, "prepared", rows, EXACT).candidate == "mkl.linear_packed/rows64"
     throughput = dataclasses.replace(EXACT, objective="throughput")
@@ -160,6 +161,13 @@ def test_policies_from_files(tmp_path: Path) -> None:
     path.write_text("objective: throughput\nmax_form_bytes: 1000\nmax_error: 0.001\n")
     assert load_policy(str(path), None) == Policy(0.001, "throughput", max_form_bytes=1000)
     assert load_policy(str(path), 1e-5).max_error == 1e-5
+    path.write_text("min_processes: 3\nrequire_stable: true\nmax_regret: 0.1\n")
+    assert load_policy(str(path)) == Policy(min_processes=3, require_stable=True, max_regret=0.1)
+    assert load_policy(str(path), max_regret=0.2).max_regret == 0.2
+    for text in ("min_processes: 0", "min_processes: true", "require_stable: 1", "max_regret: -1", "tie: x"):
+        path.write_text(text)
+        with pytest.raises(BadInput, match=text.partition(":")[0]):
+            load_policy(str(path))
     for text in ("objective: speed\n", "surprise: 1\n", "max_error: -1\n", "[]", "max_error: .nan", ": ["):
         path.write_text(text)
         with pytest.raises(BadInput, match=r"policy\.yaml"):

@@ -185,7 +185,11 @@ UNKNOWN_AND_MISSING = [
     ("name: good", "name: good\nnmae: x", "3: nmae: found 'nmae', expected one of version, name, "),
     ("measure:", "mesure:", "19: mesure: found 'mesure', "),
     ("measure:", "mesure:", "; did you mean 'measure'?"),
-    ("count:", "cuont:", "problems[0].cuont: found 'cuont', expected one of dims, traits, count; did you "),
+    (
+        "count:",
+        "cuont:",
+        "problems[0].cuont: found 'cuont', expected one of dims, traits, count, before, after; did you ",
+    ),
     ("seconds:", "second:", "measure.second: found 'second', expected one of min_rounds, "),
     ("edges: [1", "of: 3, edges: [1", "6: operators.linear.bins.m.of: found 'of', expected one of scheme, "),
     ("    tie", "    ties", "16: operators.attention.ties: found 'ties', expected one of bins, tie, "),

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from dks.profiler.measure import Bench
 
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.evidence import Measurement
 from dks.dispatch.kernel import Kernel, Run
 from dks.dispatch.problem import Candidate, Precision, Problem
-from dks.profiler.measure import Bench
 from dks.profiler.timing import Rounds, StoppingRule
 
 PROBLEM = Problem.of("linear", {"dtype": "float32", "bias": "yes", "epilogue": "none"}, {"m": 8, "n": 64, "k": 64})

@@ -1,0 +1,67 @@
+"""Which measured candidates a policy admits, how simple they are, and what calls they may serve."""
+
+from __future__ import annotations
+
+from dks.codegen.policy import Policy
+from dks.dispatch import pool
+from dks.dispatch.evidence import Measurement
+from dks.dispatch.kernel import Kernel
+from dks.dispatch.problem import Candidate, Problem
+
+FAILED = ("wrong_result", "failed", "crashed", "timeout", "out_of_memory", "excluded", "unsupported")
+"""Statuses with which a candidate may not serve a bin; ``unavailable`` says nothing about the shape."""
+
+
+def forms(op: str) -> tuple[str, ...]:
+    """``prepared`` is a choice of its own only where some kernel packs the weight."""
+    packs = any(kernel.form for kernel in pool.kernels_for(op))
+    return ("prepared", "direct") if packs else ("direct",)
+
+
+def is_timed(row: Measurement | None) -> bool:
+    """Whether a candidate ran and has samples."""
+    return row is not None and row.status == "ok" and bool(row.samples_ns)
+
+
+def admits(policy: Policy, problem: Problem, form: str, row: Measurement) -> bool:
+    """Whether a timed candidate is inside the policy's limits on ``problem`` and can serve ``form``."""
+    kernel = _kernel(row)
+    if not is_timed(row) or row.error is None or row.error > policy.max_error:
+        return False
+    if form == "direct" and kernel.form:
+        return False
+    if policy.objective == "memory" and row.form_bytes:
+        return False
+    if policy.max_form_bytes is not None and row.form_bytes > policy.max_form_bytes:
+        return False
+    return kernel.objection(problem) is None
+
+
+def instability(policy: Policy, row: Measurement) -> str:
+    """Why ``require_stable`` keeps a candidate out; empty where it does not."""
+    if not policy.require_stable or row.stable is True:
+        return ""
+    return "not stable: the same call gave other bits" if row.stable is False else "not known to be stable"
+
+
+def failure(policy: Policy, row: Measurement) -> str:
+    """What a candidate did on a held-out shape that rules it out of the whole bin; empty where nothing did."""
+    if row.status in FAILED:
+        return f"{row.status} ({row.reason})" if row.reason else row.status
+    if row.status == "ok" and (row.error or 0.0) > policy.max_error:
+        return f"error {row.error:.2g}, above the budget of {policy.max_error:g}"
+    return instability(policy, row) if row.stable is False else ""
+
+
+def saved_ns(default: Measurement, row: Measurement) -> float:
+    """Nanoseconds that a call is shorter by, in medians."""
+    return (default.median_ns or 0.0) - (row.median_ns or 0.0)
+
+
+def simplicity(row: Measurement) -> tuple[int, int, str]:
+    """Sorts the simplest first."""
+    return (_kernel(row).rank, row.form_bytes, row.candidate)
+
+
+def _kernel(row: Measurement) -> Kernel:
+    return pool.kernels()[Candidate.parse(row.candidate).kernel]

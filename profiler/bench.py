@@ -1,0 +1,303 @@
+"""Kernels on this machine: checked, then timed in the state of caches that the config declares.
+
+This runs in a worker process. What a kernel does to the process is the business of ``worker`` and ``isolation``.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dks.dispatch import pool
+from dks.dispatch.environment import private_cache_bytes
+from dks.dispatch.kernel import Inputs, Run, source_digest
+from dks.dispatch.problem import Candidate, Precision, Problem
+from dks.profiler.check import Checker
+from dks.profiler.counters import EnergyMeter, peak_memory
+from dks.profiler.findings import Finding, Round, rounds_from_json, rounds_to_json
+from dks.profiler.interference import Watch, default_sources
+from dks.profiler.timing import Entrants, StoppingRule, race
+
+MAX_COPIES = 8
+ENERGY_S = 0.3  # of repeated calls, for one reading of an energy counter
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One visit of a process to a problem.
+
+    Attributes:
+        names: candidate ids that may be timed, the framework's own among them.
+        rounds: what earlier visits brought.
+        until: ``time.monotonic`` at which to stop whatever is known; None is never.
+        before, after: the model's neighbouring operators, in the order they run, for the pipeline state.
+        recheck: whether outputs are compared once more with the reference after timing.
+    """
+
+    problem: Problem
+    names: tuple[str, ...]
+    rule: StoppingRule
+    process: int
+    rounds: tuple[Round, ...] = ()
+    until: float | None = None
+    before: tuple[Problem, ...] = ()
+    after: tuple[Problem, ...] = ()
+    recheck: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """As it goes to a worker."""
+        data = {name: getattr(self, name) for name in ("names", "process", "until", "recheck")}
+        data |= {"problem": self.problem.id, "rule": asdict(self.rule), "rounds": rounds_to_json(self.rounds)}
+        data |= {name: [p.id for p in getattr(self, name)] for name in ("before", "after")}
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Job:
+        """The inverse of ``to_json``."""
+        return cls(
+            problem=Problem.parse(data["problem"]),
+            names=tuple(data["names"]),
+            rule=StoppingRule(**data["rule"]),
+            process=data["process"],
+            rounds=tuple(rounds_from_json(data["rounds"])),
+            until=data["until"],
+            before=tuple(map(Problem.parse, data["before"])),
+            after=tuple(map(Problem.parse, data["after"])),
+            recheck=data["recheck"],
+        )
+
+
+@dataclass
+class Bound:
+    """A kernel bound to one copy of the constant arguments, which no other candidate shares."""
+
+    static: tuple[Any, ...]
+    run: Run
+
+
+class Bench:
+    """Checks and times problems one after the other, keeping the packed weights of the last weight shape.
+
+    Args:
+        seed: of inputs and of the order inside a round.
+        cache: ``cold``, ``warm`` or ``pipeline``; see ``Measurement.cache``.
+        in_flight: told the id of the candidate that is about to run, and "" when none is.
+    """
+
+    def __init__(self, seed: int, cache: str, in_flight: Callable[[str], None] = lambda _: None) -> None:
+        self._seed, self._cache, self._in_flight = seed, cache, in_flight
+        self._rng = random.Random(seed)
+        self._checker = Checker(seed)
+        self._energy = EnergyMeter()
+        self._watch = Watch(default_sources(torch.get_num_threads()))
+        self._group: tuple[object, ...] = ()
+        self._weights: list[tuple[Any, ...]] = []
+        self._bound: dict[str, list[Bound]] = {}
+        self._beyond = 2 * (private_cache_bytes() or 2**21)
+        self._scratch = torch.zeros(self._beyond * torch.get_num_threads(), dtype=torch.uint8)
+
+    def check(self, problem: Problem, candidate: Candidate) -> tuple[Finding, bool]:
+        """What is found of one candidate, and whether it left the process unfit for others.
+
+        Nothing a kernel raises escapes.
+        """
+        verdict = self._checker.check(problem, candidate)
+        finding = Finding(
+            verdict.status,
+            verdict.reason,
+            dict(verdict.errors),
+            verdict.stable,
+            peak_note="" if verdict.status == "ok" else "the candidate was not timed",
+            energy_note=self._energy.unavailable() or "measured after timing, of finalists alone",
+            digest=source_digest(pool.kernels()[candidate.kernel]),
+        )
+        if verdict.status == "ok":
+            inputs = self._inputs(problem, 0)
+            self._hold_weights(problem, inputs)
+            run = self._bind(problem, candidate)[0].run
+            _, finding.peak_bytes, finding.peak_note = peak_memory(lambda: run(*inputs.dynamic))
+        return finding, verdict.poisoned
+
+    def time(self, job: Job) -> Iterator[list[Round] | tuple[str, Finding]]:
+        """Time a problem. Yields rounds as they come, and findings of candidates that did not stay right.
+
+        The kernels must have passed ``check`` here or in another process.
+        """
+        problem = job.problem
+        inputs = self._inputs(problem, 0)
+        self._hold_weights(problem, inputs)
+        kernels = _Kernels(self, job, inputs)
+        rounds = list(job.rounds)
+        names = job.names
+
+        def out_of_time() -> bool:
+            return job.until is not None and time.monotonic() >= job.until
+
+        yield from race(job.rule, kernels, rounds, entrants(problem, names), job.process, out_of_time)
+        timed = [name for name in names if any(name in each.ns for each in rounds[len(job.rounds) :])]
+        for name in timed if job.recheck else ():
+            self._in_flight(name)
+            bound = self._bound[name][0]
+            candidate = Candidate.parse(name)
+            verdict = self._checker.recheck(problem, candidate, bound.run, bound.static, kernels.inputs[0])
+            if verdict.status != "ok":
+                yield name, Finding(verdict.status, verdict.reason, dict(verdict.errors), verdict.stable)
+        self._in_flight("")
+
+    def joules(self, problem: Problem, name: str) -> tuple[float | None, str]:
+        """Joules of one call of a candidate, and why not if there are none."""
+        if (why := self._energy.unavailable()) is not None:
+            return None, why
+        inputs = self._inputs(problem, 0)
+        self._hold_weights(problem, inputs)
+        run = self._bind(problem, Candidate.parse(name))[0].run
+        return self._energy.joules(lambda: run(*inputs.dynamic), ENERGY_S)
+
+    def _inputs(self, problem: Problem, copy: int) -> Inputs:
+        generator = torch.Generator().manual_seed(self._seed + copy)
+        return pool.operator(problem.op).make_inputs(problem, generator, "normal")
+
+    def _hold_weights(self, problem: Problem, inputs: Inputs) -> None:
+        """Keep the weights, and what is packed from them, while only the dynamic dims change."""
+        operator = pool.operator(problem.op)
+        statics = tuple((name, problem.dim(name)) for name in operator.static)
+        key = (problem.op, problem.traits, statics, problem.align)
+        if key != self._group:
+            size = operator.key_bytes(problem)
+            copies = 1 if self._cache == "warm" else _copies(size, self._beyond)
+            self._group = key
+            self._weights = [inputs.static] + [_clone(inputs.static) for _ in range(copies - 1)]
+            self._bound = {}
+
+    def _bind(self, problem: Problem, candidate: Candidate) -> list[Bound]:
+        bound = self._bound.get(candidate.id)
+        if bound is None:
+            kernel = pool.kernels()[candidate.kernel]
+            # Candidates that shared a weight would warm it for each other: each has copies of its own.
+            own = [_clone(static) for static in self._weights]
+            bound = [Bound(static, kernel.bind(problem, candidate.params, *static)) for static in own]
+            self._bound[candidate.id] = bound
+        return bound
+
+
+class _Kernels:
+    """The sampler of one job: real calls, in the declared state of caches."""
+
+    def __init__(self, bench: Bench, job: Job, inputs: Inputs) -> None:
+        self._bench, self._in_flight = bench, bench._in_flight
+        self._watch = bench._watch
+        size = sum(t.nbytes for t in inputs.dynamic if isinstance(t, torch.Tensor))
+        weights = pool.operator(job.problem.op).key_bytes(job.problem)
+        copies = 1 if bench._cache == "warm" else _copies(size + weights, bench._beyond)
+        self.inputs = [inputs.dynamic]
+        self.inputs += [bench._inputs(job.problem, copy).dynamic for copy in range(1, copies)]
+        # Too small to fill the cache by rotating: it is emptied between calls instead.
+        self._flush = bench._cache == "cold" and copies * (size + weights) < bench._beyond
+        self._neighbours = _Neighbours(bench, job.before, job.after)
+        self._runs: dict[str, list[Run]] = {}
+        self._turn = 0
+        for name in job.names:
+            self._in_flight(name)
+            self._runs[name] = [bound.run for bound in bench._bind(job.problem, Candidate.parse(name))]
+            for run in self._runs[name]:  # the first call on a fresh copy pays for more than its weights
+                run(*self.inputs[0])
+        self._in_flight("")
+
+    def round(self, names: Sequence[str]) -> dict[str, int]:
+        """Nanoseconds of one call of each, in random order."""
+        order = list(names)
+        self._bench._rng.shuffle(order)
+        return {name: self._call(name) for name in order}
+
+    def _call(self, name: str) -> int:
+        self._in_flight(name)
+        self._turn += 1
+        runs = self._runs[name]
+        run = runs[self._turn % len(runs)]
+        dynamic = self.inputs[self._turn % len(self.inputs)]
+        _touch(dynamic, self._turn)
+        if self._flush:
+            self._bench._scratch.fill_(self._turn & 127)
+        ns = self._neighbours.timed(run, dynamic)
+        self._in_flight("")
+        return ns
+
+    def watch(self) -> None:
+        """Begin to look for interference; no collection falls into a sample from here on."""
+        gc.disable()
+        self._watch.start()
+
+    def disturbed(self) -> str:
+        """What interfered since ``watch``."""
+        found = self._watch.stop()
+        gc.enable()
+        return "; ".join(found)
+
+
+class _Neighbours:
+    """What runs around a candidate in the pipeline state: the framework's own kernels of other operators.
+
+    An output becomes the first input of what follows where it has as many elements.
+    """
+
+    def __init__(self, bench: Bench, before: Sequence[Problem], after: Sequence[Problem]) -> None:
+        self._before = [self._default(bench, problem) for problem in before]
+        self._after = [self._default(bench, problem) for problem in after]
+
+    def _default(self, bench: Bench, problem: Problem) -> tuple[Run, tuple[Any, ...]]:
+        kernel = pool.kernels()[pool.operator(problem.op).default]
+        inputs = bench._inputs(problem, 1)
+        return kernel.bind(problem, (), *inputs.static), inputs.dynamic
+
+    def timed(self, run: Run, dynamic: tuple[Any, ...], clock: Callable[[], int] = time.perf_counter_ns) -> int:
+        """Nanoseconds of the candidate, with its neighbours where it has any."""
+        if not self._before and not self._after:
+            before = clock()
+            result = run(*dynamic)
+            after = clock()
+            del result  # freed outside the timed span, as a caller would later
+            return after - before
+        before = clock()
+        flowing: torch.Tensor | None = None
+        for neighbour, own in self._before:
+            flowing = neighbour(*_fed(own, flowing))
+        flowing = run(*_fed(dynamic, flowing))
+        for neighbour, own in self._after:
+            flowing = neighbour(*_fed(own, flowing))
+        return clock() - before
+
+
+def _fed(dynamic: tuple[Any, ...], flowing: torch.Tensor | None) -> tuple[Any, ...]:
+    first = dynamic[0]
+    if flowing is None or flowing.numel() != first.numel() or flowing.dtype != first.dtype:
+        return dynamic
+    return (flowing.reshape(first.shape), *dynamic[1:])
+
+
+def entrants(problem: Problem, names: Sequence[str]) -> Entrants:
+    """These candidates, with what each asks of its caller."""
+    dtype = problem.trait("dtype")
+    order = list(Precision)
+    found = {name: pool.kernels()[Candidate.parse(name).kernel] for name in names}
+    levels = {name: (order.index(k.precision[dtype]), int(bool(k.form))) for name, k in found.items()}
+    return Entrants(tuple(names), pool.operator(problem.op).default, levels)
+
+
+def _copies(size: int, beyond: int) -> int:
+    return min(MAX_COPIES, max(1, -(-beyond // size))) if size else 1
+
+
+def _touch(dynamic: tuple[Any, ...], turn: int) -> None:
+    """Change one element of the activations, so that no call can be answered from an earlier one."""
+    first: torch.Tensor = dynamic[0]
+    first[(0,) * first.dim()] = 1.0 + turn % 97 / 64
+
+
+def _clone(static: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in static)

@@ -1,0 +1,207 @@
+"""The inputs of the checks with their references: made once for a weight, and once for a problem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dks.dispatch import pool
+from dks.dispatch.kernel import Inputs, Kernel, Run
+from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, Precision, Problem
+from dks.profiler.draws import NOT_FINITE, SCALED, Slot, is_mask, noisy, place, redrawn, tensors
+from dks.profiler.gaps import Gap, gap, gap_beside_non_finite, size_of
+from dks.profiler.trial import NOBODY, Case, Draw
+
+
+OUTLIER_SIZE = 64  # of each dynamic dim in the outlier check: enough rows to show the range of a whole tensor
+SIZES = (1, 2, 3, 17, 65)  # of each dynamic dim: one row, odd ones, one more than whole blocks
+EXTREME_SIZE = 17  # of each dynamic dim where values are extreme: a middle row with neighbours on both sides
+NEAR_LIMIT = 2**33  # product of dims beyond which the sizes beside a problem's own cost too much
+FORGIVEN = 10.0  # class limits that the framework's own error on normal data may lift a bound by
+
+
+@dataclass
+class Group:
+    """What is shared by the problems of one weight: its values, the cases, and what candidates made of them."""
+
+    static: tuple[Any, ...]
+    framework: Run | None = None
+    least: float = 0.0  # root mean square of its outputs on normal data
+    placed: dict[int, tuple[list[Slot], tuple[Any, ...]]] = field(default_factory=dict)
+    cases: dict[str, list[Case]] = field(default_factory=dict)
+    runs: dict[Candidate, Run] = field(default_factory=dict)
+    verdicts: dict[Candidate, Verdict] = field(default_factory=dict)
+
+
+class Cases:
+    """Keeps what the candidates of the last weight and the last problem share.
+
+    Args:
+        seed: of all inputs. The weights are those that ``make_inputs`` draws first from this seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._group_of: tuple[object, ...] = ()
+        self._group = Group(())
+        self._problem: Problem | None = None
+        self._own: list[Case] = []
+        self._fresh: tuple[list[torch.Tensor], torch.Tensor] | None = None
+
+    def enter(self, problem: Problem) -> Group:
+        operator = pool.operator(problem.op)
+        statics = tuple(problem.dim(name) for name in operator.static)
+        key = (problem.op, problem.traits, statics, problem.align)
+        if key != self._group_of:
+            self._problem, self._own, self._fresh = None, [], None
+            self._group_of = key
+            self._group = group = Group(self._inputs(problem, self._seed, "normal").static)
+            default = pool.kernels()[operator.default]
+            if default.unavailable() is None and default.objection(problem) is None:
+                group.framework = default.bind(problem, default.candidates()[0].params, *group.static)
+            big = max(self.named(problem, "small"), key=lambda case: case.draws[0].reference.numel())
+            group.least = size_of(big.draws[0].reference)
+            for case in self.named(problem, "small"):  # their bounds waited for it
+                for draw in case.draws:
+                    draw.allowed = self._framework_gap(case, draw)
+        return self._group
+
+    def _inputs(self, problem: Problem, seed: int, draw: str) -> Inputs:
+        return pool.operator(problem.op).make_inputs(problem, torch.Generator().manual_seed(seed), draw)
+
+    def placed_static(self, problem: Problem, kernel: Kernel) -> tuple[list[Slot], tuple[Any, ...]]:
+        # A weight is prepared from its best alignment; a kernel without a form reads the caller's as it is.
+        align = MAX_ALIGNMENT if kernel.form else problem.align
+        if align not in self._group.placed:
+            self._group.placed[align] = place(self._group.static, align)
+        return self._group.placed[align]
+
+    def named(self, problem: Problem, name: str, align: int = 0) -> list[Case]:
+        key = f"{name}{align}"
+        if key not in self._group.cases:
+            placed = replace(problem, align=align or problem.align)
+            self._group.cases[key] = list(_MAKERS[name](self, placed))
+        return self._group.cases[key]
+
+    def _sized(self, problem: Problem, sizes: Sequence[int]) -> Problem:
+        changed = dict(zip(pool.operator(problem.op).dynamic, sizes, strict=True))
+        return replace(problem, dims=tuple((name, changed.get(name, size)) for name, size in problem.dims))
+
+    def _case(self, problem: Problem, seed: int, turn: int = 0, draws: int = 1, draw: str = "normal") -> Case:
+        """A case whose first draw is the operator's own, and the others its values redrawn."""
+        dynamic = self._inputs(problem, seed, draw).dynamic
+        slots, args = place(dynamic, problem.align, turn)
+        case = Case(problem, slots, args, [])
+        generator = torch.Generator().manual_seed(seed + 1)
+        for i in range(draws):
+            values = tensors(dynamic) if i == 0 else [redrawn(t, generator) for t in tensors(dynamic)]
+            case.draws.append(self._drawn(case, draw, values))
+        return case
+
+    def _drawn(self, case: Case, kind: str, values: Sequence[torch.Tensor]) -> Draw:
+        images = [slot.image(v) for slot, v in zip(case.slots, values, strict=True)]
+        reference = pool.operator(case.problem.op).reference(case.problem, Inputs(self._group.static, case.args))
+        drawn = Draw(kind, images, reference)
+        drawn.allowed = self._framework_gap(case, drawn)
+        return drawn
+
+    def _framework_gap(self, case: Case, draw: Draw) -> Gap | None:
+        """Twice what the framework's own kernel gets wrong, so that none is held to more than it can do."""
+        if self._group.framework is None:
+            return None
+        case.load(draw)
+        try:
+            y = self._group.framework(*case.args)
+        except Exception:  # a size that the framework refuses is not asked of others
+            return NOBODY
+        wrong, found = gap_beside_non_finite(y, draw.reference, self._group.least, draw.ignored)
+        if draw.extreme:
+            return NOBODY if wrong or not math.isfinite(found.total) else found.times(2.0)
+        default = pool.kernels()[pool.operator(case.problem.op).default]
+        return found.times(2.0).at_most(default.precision[case.problem.trait("dtype")], FORGIVEN)
+
+    def _small(self, problem: Problem) -> list[Case]:
+        """Each dynamic dim takes each size, and they meet as equals."""
+        count, many = len(SIZES), len(pool.operator(problem.op).dynamic)
+        mixed = [tuple(SIZES[(i + 2 * j) % count] for j in range(many)) for i in range(count)]
+        equal = [(size,) * many for size in (1, 3, 17)]
+        extra = [sizes for sizes in equal if sizes not in mixed] or [mixed[3]]  # at one more address
+        return [
+            self._case(self._sized(problem, sizes), self._seed + 10 * i, turn=i, draws=3)
+            for i, sizes in enumerate((*mixed, *extra))
+        ]
+
+    def _low(self, problem: Problem) -> list[Case]:
+        many = len(pool.operator(problem.op).dynamic)
+        return [
+            self._case(self._sized(problem, (size,) * many), self._seed + size, turn=i, draws=2)
+            for i, size in enumerate((3, 17))
+        ]
+
+    def _extreme(self, problem: Problem) -> list[Case]:
+        many = len(pool.operator(problem.op).dynamic)
+        sized = self._sized(problem, (EXTREME_SIZE,) * many)
+        case = self._case(sized, self._seed + 7)
+        normal = [t.clone() for t in tensors(case.args)]
+        case.draws = []
+        for kind, change in SCALED.items():
+            values = [t if is_mask(t) else change(t) for t in normal]
+            draw = self._drawn(case, kind, values)
+            draw.unfit = self._unfit(case, draw, values)
+            case.draws.append(draw)
+        for kind, change in NOT_FINITE.items():
+            case.draws.append(self._drawn(case, kind, [change(normal[0]), *normal[1:]]))
+        return [case]
+
+    def _unfit(self, case: Case, draw: Draw, values: Sequence[torch.Tensor]) -> frozenset[Precision]:
+        """Classes for which the answer is a matter of luck: a softmax of huge scores picks one by a hair."""
+        generator = torch.Generator().manual_seed(self._seed)
+        operator = pool.operator(case.problem.op)
+        unfit = set()
+        for precision in [precision for precision in Precision for _ in range(3)]:
+            for slot, v in zip(case.slots, values, strict=True):
+                slot.image(noisy(v, precision.limit / 2, generator))
+            y = operator.reference(case.problem, Inputs(self._group.static, case.args))
+            if gap(y, draw.reference, self._group.least, draw.ignored).over(precision, y.shape):
+                unfit.add(precision)
+        return frozenset(unfit)
+
+    def _outliers(self, problem: Problem) -> list[Case]:
+        sizes = (OUTLIER_SIZE,) * len(pool.operator(problem.op).dynamic)
+        return [self._case(self._sized(problem, sizes), self._seed, draw="outliers")]
+
+    def at_own_size(self, problem: Problem) -> list[Case]:
+        """The problem itself, one less of each dynamic dim, and a size that the bin below would hold."""
+        if problem != self._problem:
+            self._problem, self._own, self._fresh = None, [], None  # frees the last ones first
+            sizes = [problem.dim(name) for name in pool.operator(problem.op).dynamic]
+            wanted = [sizes]
+            if math.prod(size for _, size in problem.dims) <= NEAR_LIMIT:
+                wanted += [[max(1, size - 1) for size in sizes], [max(1, int(size * 0.7) | 1) for size in sizes]]
+            kept = [list(s) for s in dict.fromkeys(tuple(w) for w in wanted)]
+            self._own = [self._case(self._sized(problem, s), self._seed, turn=i) for i, s in enumerate(kept)]
+            self._problem = problem
+        return self._own
+
+    def fresh_values(self, problem: Problem) -> tuple[list[torch.Tensor], torch.Tensor]:
+        (own, *_) = self.at_own_size(problem)
+        if self._fresh is None:
+            generator = torch.Generator().manual_seed(self._seed + 2)
+            for slot, image in zip(own.slots, own.draws[0].images, strict=True):
+                slot.load(image)
+            values = [redrawn(t, generator) for t in tensors(own.args)]
+            drawn = self._drawn(own, "after timing", values)
+            self._fresh = (values, drawn.reference)
+        return self._fresh
+
+
+_MAKERS: dict[str, Callable[[Cases, Problem], list[Case]]] = {
+    "small": Cases._small,
+    "low": Cases._low,
+    "extreme": Cases._extreme,
+    "outliers": Cases._outliers,
+}

@@ -1,0 +1,247 @@
+"""Correctness before speed: is a candidate right, on fresh inputs, at all sizes, and does it behave?
+
+What is compared is always a new answer with a float64 reference of the very numbers that were passed. The
+checks run in the process that will time the candidate; crashes and hangs are the matter of whoever runs it.
+
+What can't be seen from here: work on another thread that outlasts the check and then touches nothing that is
+compared; a read outside an input whose values are not used (used ones are NaN, which shows); a kernel that
+waits for its inputs to look like something that is never drawn here; and a fault that shows less often than
+about once in ten calls.
+
+Sizes of zero are not drawn: the lookup answers them ``ZERO_SIZED`` and each server sends those calls to the
+framework, so no kernel ever sees one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dks.dispatch import pool
+from dks.dispatch.kernel import Inputs, Kernel, Run, relative_error
+from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, Precision, Problem
+from dks.profiler.draws import NOT_FINITE, SCALED, Lent, Slot, is_mask, noisy, place, redrawn, tensors
+from dks.profiler.gaps import FEW, Gap, gap, gap_beside_non_finite, size_of
+from dks.profiler.process_state import ProcessState
+from dks.profiler.trial import (
+    NOBODY,
+    Case,
+    Draw,
+    Rejected,
+    Trial,
+    describe,
+    expect_untouched,
+    is_out_of_memory,
+    rejected,
+)
+
+REPEATS = 8  # calls with changing inputs at a small and a medium size, for faults that come and go
+
+
+@dataclass
+class Verdict:
+    """What the checks found of one candidate.
+
+    Attributes:
+        status: ok, wrong_result, failed, out_of_memory, unsupported or unavailable.
+        reason: one line of at most 300 characters; empty where all is well.
+        errors: relative errors: ``normal`` at the problem's size, ``outliers`` with dynamic dims of 64.
+        stable: whether repeated calls on the same inputs agreed in every bit; None where it was not seen.
+        poisoned: the process itself was changed; it must not be used any more.
+    """
+
+    status: str = "ok"
+    reason: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    stable: bool | None = None
+    poisoned: bool = False
+
+    def fail(self, status: str, reason: str) -> Verdict:
+        """Record why the candidate is out."""
+        self.status, self.reason = status, next(iter(reason.splitlines()), status)[:300]
+        return self
+
+
+class Checker:
+    """Checks candidates; keeps inputs and references of the last weight and the last problem.
+
+    Make it when the process is set up: what it finds is what kernels must leave alone.
+
+    Args:
+        seed: of all inputs. The weights are those that ``make_inputs`` draws first from this seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._state = ProcessState()
+        self._cases = Cases(seed)
+
+    def check(self, problem: Problem, candidate: Candidate) -> Verdict:
+        """Whether ``candidate`` is right on ``problem``, on small sizes of the same weight, and beside its own.
+
+        Never raises for what a kernel does, except KeyboardInterrupt.
+
+        Raises:
+            KeyError: no such operator or kernel.
+        """
+        kernel = pool.kernels()[candidate.kernel]
+        self._state.refresh()
+        verdict = Verdict()
+        try:
+            if (why := kernel.unavailable()) is not None:
+                return verdict.fail("unavailable", why)
+            if (why := kernel.objection(problem)) is not None:
+                return verdict.fail("unsupported", why)
+        except Exception as error:  # a kernel may raise anything
+            return verdict.fail("failed", describe(error))
+        return self._judged(verdict, lambda: self._check(problem, kernel, candidate, verdict))
+
+    def recheck(
+        self,
+        problem: Problem,
+        candidate: Candidate,
+        run: Run,
+        static: tuple[Any, ...],
+        dynamic: tuple[Any, ...],
+    ) -> Verdict:
+        """Whether ``run``, which has been timed, is still right when its inputs change in place.
+
+        Args:
+            problem: what was timed.
+            candidate: which one.
+            run: the callable that was timed.
+            static: the constant arguments it is bound to. Where they are those of ``Checker``'s seed, the
+                reference is shared by all candidates of the problem.
+            dynamic: the tensors it was timed on. Their activations get other values, which stay.
+        """
+        verdict = Verdict()
+        if changed := self._state.restore():
+            verdict.poisoned = True
+            return verdict.fail("wrong_result", f"changed the process while it was timed: {changed}")
+        return self._judged(verdict, lambda: self._recheck(problem, candidate, run, static, dynamic))
+
+    def _judged(self, verdict: Verdict, checks: Callable[[], bool | None]) -> Verdict:
+        try:
+            verdict.stable = checks()
+        except Rejected as found:
+            verdict.fail(found.status, found.reason)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            verdict.fail("out_of_memory", f"while checking: {describe(error)}")
+        if changed := self._state.restore():
+            verdict.poisoned = True
+            verdict.fail("wrong_result", f"changed the process: {changed}")
+        return verdict
+
+    # -- the checks, in their order ------------------------------------------------------------------------
+
+    def _check(self, problem: Problem, kernel: Kernel, candidate: Candidate, verdict: Verdict) -> bool | None:
+        group = self._cases.enter(problem)
+        known = group.verdicts.get(candidate)
+        if known is None:
+            known = group.verdicts[candidate] = Verdict()
+            try:
+                group.runs[candidate] = self._bind(problem, kernel, candidate)
+                known.stable = self._battery(problem, kernel, group.runs[candidate], known.errors)
+            except Rejected as found:
+                known.fail(found.status, found.reason)
+        verdict.errors.update(known.errors)
+        if known.status != "ok":
+            raise Rejected(known.status, known.reason)
+        stable = self._at_own_size(problem, kernel, group.runs[candidate], verdict.errors)
+        return known.stable and stable
+
+    def _bind(self, problem: Problem, kernel: Kernel, candidate: Candidate) -> Run:
+        slots, static = self._cases.placed_static(problem, kernel)
+        try:
+            run = kernel.bind(problem, candidate.params, *static)
+        except BaseException as error:
+            rejected(error, " in bind")
+        expect_untouched(slots, "in bind")
+        return run
+
+    def _battery(self, problem: Problem, kernel: Kernel, run: Run, errors: dict[str, float]) -> bool:
+        """What needs no more than the weight: small sizes, addresses, repetitions, extreme values."""
+        trial = self._trial(problem, kernel, run)
+        stable = True
+        for case in self._cases.named(problem, "small"):
+            for draw in (*case.draws, case.draws[0]):
+                trial.call(case, draw)
+        trial.settle()
+        lowest = kernel.alignment_for(problem.trait("dtype"))
+        if lowest < problem.align and kernel.objection(replace(problem, align=lowest)) is None:
+            # A kernel may be chosen for calls that are less aligned than the measured one.
+            for case in self._cases.named(problem, "low", lowest):
+                for draw in case.draws:
+                    trial.call(case, draw)
+        small = self._cases.named(problem, "small")
+        for case in (small[2], small[4]):
+            for i in range(REPEATS):
+                trial.call(case, case.draws[i % len(case.draws)])
+            same = [trial.call(case, case.draws[0]) for _ in range(3)]
+            stable &= all(torch.equal(same[0], y) for y in same[1:])
+            trial.settle()
+        for case in self._cases.named(problem, "extreme"):
+            for draw in case.draws:
+                trial.call(case, draw)
+        (outliers,) = self._cases.named(problem, "outliers")
+        # What outliers cost a kernel that quantises is recorded; whether that is too much, a policy says.
+        quantises = kernel.precision[problem.trait("dtype")] in (Precision.INT8, Precision.INT4)
+        y = trial.call(outliers, outliers.draws[0], judge=not quantises)
+        errors["outliers"] = relative_error(y, outliers.draws[0].reference)
+        if not math.isfinite(errors["outliers"]):
+            raise Rejected("wrong_result", "not finite on data with outliers")
+        trial.settle()
+        trial.finish()
+        return stable
+
+    def _at_own_size(self, problem: Problem, kernel: Kernel, run: Run, errors: dict[str, float]) -> bool:
+        trial = self._trial(problem, kernel, run)
+        own, *near = self._cases.at_own_size(problem)
+        y = trial.call(own, own.draws[0], judge=False)
+        errors["normal"] = relative_error(y, own.draws[0].reference)
+        limit = kernel.precision[problem.trait("dtype")].limit
+        if y.numel() >= FEW and not errors["normal"] <= limit:
+            raise Rejected(
+                "wrong_result", f"error {errors['normal']:.2e} on normal data, its class allows {limit:g}"
+            )
+        trial.judge(own, own.draws[0], y)
+        again = trial.call(own, own.draws[0], judge=False)
+        stable = torch.equal(y, again)
+        if not stable:
+            trial.judge(own, own.draws[0], again)
+        trial.settle()
+        for case in near:
+            trial.call(case, case.draws[0])
+            trial.settle()
+        trial.finish()
+        return stable
+
+    def _recheck(
+        self, problem: Problem, candidate: Candidate, run: Run, static: tuple[Any, ...], dynamic: tuple[Any, ...]
+    ) -> bool:
+        kernel = pool.kernels()[candidate.kernel]
+        group = self._cases.enter(problem)
+        values, reference = self._cases.fresh_values(problem)
+        for t, value in zip(tensors(dynamic), values, strict=True):
+            t.data.copy_(value)  # not through the tensor itself: its version must not tell
+        ours = zip(tensors(static), tensors(group.static), strict=True)
+        if not all(torch.equal(t, own) for t, own in ours):
+            reference = pool.operator(problem.op).reference(problem, Inputs(static, dynamic))
+        lent = [Lent(t) for t in (*tensors(dynamic), *tensors(static))]
+        trial = Trial(run, kernel.precision[problem.trait("dtype")], problem.trait("dtype"), group.least, lent)
+        (own, *_) = self._cases.at_own_size(problem)
+        fresh = Draw("after timing", [], reference, own.draws[0].allowed)
+        case = Case(problem, [], dynamic, [fresh])
+        y, again = (trial.call(case, fresh) for _ in range(2))
+        trial.settle()
+        trial.finish()
+        return torch.equal(y, again)
+
+    def _trial(self, problem: Problem, kernel: Kernel, run: Run) -> Trial:
+        static, _ = self._cases.placed_static(problem, kernel)
+        return Trial(run, kernel.precision[problem.trait("dtype")], problem.trait("dtype"), least, static)

@@ -1,0 +1,336 @@
+"""A run directory: one sweep at a time, nothing acknowledged is ever lost, nothing of two machines is mixed.
+
+What is measured goes to ``_journal`` first, record by record, and from there into one Parquet file a problem.
+Both may hold the same rounds for a while (a kill between the two); a round's number makes it count once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dks.dispatch import pool
+from dks.dispatch.environment import Environment
+from dks.dispatch.errors import BadInput
+from dks.dispatch.evidence import Measurement, is_ours, read_rows, write_rows
+from dks.dispatch.kernel import source_digest
+from dks.dispatch.problem import Candidate, Problem
+from dks.profiler import journal
+from dks.profiler.findings import (
+    Finding,
+    Findings,
+    Header,
+    Round,
+    from_rows,
+    rounds_from_json,
+    rounds_to_json,
+    to_rows,
+)
+
+RUN_FILE = "_run.json"
+LOCK_FILE = "_lock"
+JOURNAL = "_journal"
+
+
+@contextmanager
+def opened(
+    folder: Path, config: str, environment: Environment, settings: Mapping[str, Any], *, fresh: bool = False
+) -> Iterator[Store]:
+    """Hold a run directory for this process.
+
+    Args:
+        config: name of the sweep config.
+        settings: what else measurements depend on; another value begins a new session.
+        fresh: forget what a sweep wrote there.
+
+    Raises:
+        BadInput: it is in use, can't be written, is no run directory, belongs to another config, or is
+            damaged: what is damaged is then set aside, so that the next run goes on with the rest.
+        OSError: the disk refuses.
+    """
+    with _locked(folder):
+        _refuse_strangers(folder)
+        if fresh:
+            _forget(folder)
+        notes = _claim(folder, config, environment, settings)
+        store = Store(folder, environment, str(settings["cache"]), notes)
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+class Store:
+    """What a run directory holds, in memory and on disk.
+
+    Attributes:
+        notes: what a user should know about what was found, one sentence each.
+        attempts: checks that were begun and never ended, by (problem id, candidate id).
+    """
+
+    def __init__(self, folder: Path, environment: Environment, cache: str, notes: Sequence[str] = ()) -> None:
+        self.folder, self.notes = folder, list(notes)
+        self.attempts: dict[tuple[str, str], int] = {}
+        self._environment = json.dumps(environment.to_dict(), sort_keys=True)
+        self._cache = cache
+        self._findings: dict[str, Findings] = {}
+        self._headers: dict[str, tuple[str, float]] = {}
+        self._dirty: set[str] = set()
+        self._digests = {id: source_digest(kernel) for id, kernel in pool.kernels().items()}
+        self._load()
+        self._drop_changed_kernels()
+        self._writer = journal.Writer(folder / JOURNAL)
+
+    def findings(self, problem: Problem) -> Findings:
+        """What is known of a problem; change it through the methods below only."""
+        return self._findings.setdefault(problem.id, Findings())
+
+    def problems(self) -> list[Problem]:
+        """Every problem that something is known of."""
+        return [Problem.parse(id) for id in self._findings]
+
+    def role(self, problem: Problem) -> str:
+        """The role a problem had when it was last written; empty if it never was."""
+        return self._headers.get(problem.id, ("", 0.0))[0]
+
+    def struck(self, candidate: Candidate) -> list[str]:
+        """Problems on which a candidate crashed, hung or ran out of memory."""
+        faults = ("crashed", "timeout", "out_of_memory")
+        return [
+            id
+            for id, findings in self._findings.items()
+            if candidate.id in findings.found and findings.found[candidate.id].status in faults
+        ]
+
+    def split_problems(self) -> list[Problem]:
+        """Representatives that an earlier session added where a bin was too wide."""
+        return [Problem.parse(id) for id, (role, _) in self._headers.items() if role == "split"]
+
+    def next_process(self) -> int:
+        """A process number that no sample has."""
+        used = [each.process for findings in self._findings.values() for each in findings.rounds]
+        return max(used, default=-1) + 1
+
+    def attempt(self, problem: Problem, candidate: str) -> None:
+        """Note, before a candidate is tried, that it is. Raises OSError."""
+        self._writer.append({"do": "attempt", "problem": problem.id, "candidate": candidate})
+        self.attempts[problem.id, candidate] = self.attempts.get((problem.id, candidate), 0) + 1
+
+    def found(self, problem: Problem, candidate: str, finding: Finding) -> None:
+        """Keep a finding; it is on the disk when this returns. Raises OSError."""
+        finding.digest = self._digests[Candidate.parse(candidate).kernel]
+        record = {"do": "found", "problem": problem.id, "candidate": candidate}
+        self._writer.append({**record, "finding": dataclasses.asdict(finding)})
+        self.findings(problem).found[candidate] = finding
+        self.attempts.pop((problem.id, candidate), None)
+        self._dirty.add(problem.id)
+
+    def add(self, problem: Problem, rounds: Sequence[Round]) -> None:
+        """Keep rounds; they are on the disk when this returns. Raises OSError."""
+        self._writer.append({"do": "rounds", "problem": problem.id, "rounds": rounds_to_json(rounds)})
+        self.findings(problem).add(rounds)
+        self._dirty.add(problem.id)
+
+    def rows(
+        self, problem: Problem, role: str, weight: float, candidates: Sequence[Candidate]
+    ) -> list[Measurement]:
+        """The rows of a problem, as they will be in Parquet."""
+        header = Header(problem, role, weight, self._cache, self._environment)
+        return to_rows(header, self.findings(problem), candidates)
+
+    def compact(self, problem: Problem, role: str, weight: float, candidates: Sequence[Candidate]) -> None:
+        """Put what the journal holds of a problem into its Parquet file, whole or not at all. Raises OSError."""
+        changed = self._headers.get(problem.id) != (role, weight)
+        if not self._findings.get(problem.id, Findings()).found or not (changed or problem.id in self._dirty):
+            return
+        write_rows(self.path(problem), self.rows(problem, role, weight, candidates))
+        self._headers[problem.id] = (role, weight)
+        self._dirty.discard(problem.id)
+
+    def retire_journal(self) -> None:
+        """Empty the journal once Parquet has all of it; attempts that never ended stay. Raises OSError."""
+        if self._dirty:
+            return
+        self._writer.close()
+        records = [
+            {"do": "attempt", "problem": problem, "candidate": candidate}
+            for (problem, candidate), count in self.attempts.items()
+            for _ in range(count)
+        ]
+        journal.replace(self.folder / JOURNAL, records)
+        self._writer = journal.Writer(self.folder / JOURNAL)
+
+    def set_aside(self, wanted: set[Problem]) -> list[str]:
+        """Rename the files of problems outside ``wanted``, so that no table takes them; returns their new names,
+        which begin with ``_stale-``."""
+        names = {self.path(problem).name for problem in wanted}
+        stale = [p for p in sorted(self.folder.glob("*.parquet")) if p.name not in names and p.name[0] != "_"]
+        return [path.rename(path.with_name(f"_stale-{path.name}")).name for path in stale if is_ours(path)]
+
+    def path(self, problem: Problem) -> Path:
+        """The problem's Parquet file."""
+        return self.folder / f"{problem.slug}.parquet"
+
+    def close(self) -> None:
+        """Give the journal back."""
+        self._writer.close()
+
+    def _load(self) -> None:
+        quarantined = []
+        for path in sorted(self.folder.glob("*.parquet")):
+            if path.name[0] in "_.":
+                continue
+            try:
+                rows = read_rows(path)
+            except BadInput as error:
+                if not _named_by_us(path):
+                    continue
+                path.rename(path.with_name(f"_quarantine-{path.name}"))
+                quarantined.append(str(error).split("; ")[0])
+                continue
+            if rows:
+                self._findings[rows[0].problem] = from_rows(rows)
+                self._headers[rows[0].problem] = (rows[0].role, rows[0].weight)
+        quarantined += self._load_journal()
+        if quarantined:
+            raise BadInput(
+                f"{quarantined[0]}{f' (and {len(quarantined) - 1} more)' if quarantined[1:] else ''}; the damaged "
+                f"part is kept as {self.folder}/_quarantine-*, the rest is intact; run again to measure it"
+            )
+
+    def _load_journal(self) -> list[str]:
+        path = self.folder / JOURNAL
+        held = journal.read(path)
+        if held.damaged:
+            aside = path.with_name(f"_quarantine-journal-{len(list(self.folder.glob('_quarantine-*')))}")
+            aside.write_bytes(path.read_bytes())
+            journal.replace(path, held.records)
+            lines = ", ".join(map(str, held.damaged[:5]))
+            return [f"{path}: found lines that differ from their digest ({lines}), expected them as written"]
+        if held.torn:
+            self.notes.append(f"{path}: an unfinished record of {held.torn} bytes was dropped: never acknowledged")
+        for record in held.records:
+            self._apply(record)
+        return []
+
+    def _apply(self, record: Mapping[str, Any]) -> None:
+        problem = Problem.parse(record["problem"])
+        if record["do"] == "rounds":
+            self.findings(problem).add(rounds_from_json(record["rounds"]))
+            self._dirty.add(problem.id)
+            return
+        key = (problem.id, record["candidate"])
+        if record["do"] == "attempt":
+            self.attempts[key] = self.attempts.get(key, 0) + 1
+        else:
+            self.attempts.pop(key, None)
+            self.findings(problem).found[key[1]] = Finding(**record["finding"])
+            self._dirty.add(problem.id)
+
+    def _drop_changed_kernels(self) -> None:
+        """Forget, one by one, what was measured of a kernel whose source is another one now."""
+        dropped: dict[str, int] = {}
+        gone = [id for id in self._findings if Problem.parse(id).op not in pool.operators()]
+        for id in gone:
+            del self._findings[id]
+        for id, findings in self._findings.items():
+            default = pool.operator(Problem.parse(id).op).default
+            for name, finding in list(findings.found.items()):
+                kernel = Candidate.parse(name).kernel
+                if finding.digest != self._digests.get(kernel):
+                    findings.forget(name, default)
+                    dropped[kernel] = dropped.get(kernel, 0) + 1
+                    self._dirty.add(id)
+        for kernel, count in sorted(dropped.items()):
+            self.notes.append(
+                f"new session: the source of {kernel} changed; its {count} results are measured again"
+            )
+
+
+def _named_by_us(path: Path) -> bool:
+    return path.name.split(".")[0] in pool.operators()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the run directory for this process. The kernel drops the lock with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise BadInput(f"{folder}: can't be written ({error.strerror}); choose another -o RUN_DIR") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"{folder}: found another sweep at work in it, expected to be alone; "
+                "wait for it, or choose another -o RUN_DIR"
+            ) from None
+        yield
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Refuse a directory that holds anything and is no run directory."""
+    strangers = [p.name for p in folder.iterdir() if not p.name.startswith("_")]
+    if strangers and not (folder / RUN_FILE).exists():
+        (folder / LOCK_FILE).unlink()
+        raise BadInput(
+            f"{folder}: found {strangers[0]!r} in it and no {RUN_FILE}, expected a run directory or an "
+            "empty one; choose another -o RUN_DIR"
+        )
+
+
+def _claim(folder: Path, config: str, environment: Environment, settings: Mapping[str, Any]) -> list[str]:
+    """Make ``folder`` the run directory of this config, in a session of this environment and these settings.
+
+    Returns:
+        what a user should know.
+    """
+    path = folder / RUN_FILE
+    ours = {"environment": environment.to_dict(), "settings": dict(settings)}
+    if not path.exists():
+        _write(path, {"config": config, **ours})
+        return []
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        theirs = Environment.from_dict(held["environment"])
+        other, earlier = held["config"], dict(held["settings"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise BadInput(f"{path}: {error}; use --fresh, or measure into another -o RUN_DIR") from None
+    if other != config:
+        raise BadInput(
+            f"{folder}: found results of config {other!r}, expected {config!r}: they would end in one "
+            "table; use --fresh to drop them, or another -o RUN_DIR"
+        )
+    changed = theirs.diff(environment)
+    changed += [f"{k}: {earlier.get(k)} != {v}" for k, v in settings.items() if earlier.get(k) != v]
+    if not changed:
+        return []
+    aside = folder / f"_session-{len(list(folder.glob('_session-*')))}"
+    aside.mkdir()
+    moved = [each for each in folder.iterdir() if each.suffix == ".parquet" or each.name == JOURNAL]
+    for each in moved:
+        each.rename(aside / each.name)
+    path.rename(aside / RUN_FILE)
+    _write(path, {"config": config, **ours})
+    return [f"new session: {'; '.join(changed)}; the {len(moved)} files of the earlier one are in {aside}"]
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    partial = path.with_name(f"_partial-{path.name}")
+    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _forget(folder: Path) -> None:
+    """Drop what a sweep wrote here, and nothing else."""
+    for path in folder.iterdir():
+        ours = path.suffix == ".parquet" and is_ours(path)
+        if ours or path.name in (RUN_FILE, JOURNAL) or path.name.startswith("_partial-"):
+            path.unlink()

@@ -1,0 +1,236 @@
+"""Single calls of a kernel, watched: what it returns, when that changes, and what it does to its arguments."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from dks.dispatch import pool
+from dks.dispatch.kernel import DTYPES, Declined, Run
+from dks.dispatch.problem import Precision, Problem
+from dks.profiler.draws import FLUSHED, NOT_FINITE, SCALED, Lent, Slot
+from dks.profiler.gaps import Gap, gap_beside_non_finite
+
+SETTLE_S = 0.001  # time given to work that was hidden on another thread
+NOBODY = Gap(math.inf, math.inf, math.inf, math.inf)  # allowed where the framework itself is wrong
+
+
+class Rejected(Exception):
+    """A candidate is out: its status and the reason."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+@dataclass
+class Draw:
+    """Values of one call and what the answer must be; shared by all candidates.
+
+    Attributes:
+        kind: normal, outliers, or a name in SCALED or NOT_FINITE.
+        images: bytes for each slot of its case.
+        reference: in float64.
+        allowed: errors that are the framework's as well; NOBODY where nobody is to be judged by this draw.
+        unfit: classes whose own noise changes the answer; finite where it should be is then enough.
+    """
+
+    kind: str
+    images: list[torch.Tensor]
+    reference: torch.Tensor
+    allowed: Gap | None = None
+    unfit: frozenset[Precision] = frozenset()
+
+    @property
+    def extreme(self) -> bool:
+        """Whether a kernel may decline these values."""
+        return self.kind in SCALED or self.kind in NOT_FINITE
+
+    @property
+    def ignored(self) -> float:
+        """Absolute error that counts as none."""
+        return FLUSHED if self.kind == "subnormal" else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.kind} data" if self.kind in ("normal", "outliers") else f"{self.kind} values"
+
+
+@dataclass
+class Case:
+    """One problem at one address: the arguments of a call, and the draws that fill them."""
+
+    problem: Problem
+    slots: Sequence[Slot]
+    args: tuple[Any, ...]
+    draws: list[Draw]
+
+    def load(self, draw: Draw) -> None:
+        """Fill the arguments, in place."""
+        for slot, image in zip(self.slots, draw.images, strict=True):
+            slot.load(image)
+
+
+class Trial:
+    """One bound kernel under test.
+
+    Args:
+        run: the kernel.
+        precision: its class for these activations.
+        dtype: name of the activations' dtype, which the output must have.
+        least: root mean square of its outputs on normal data; see ``gap``.
+        static: its constant arguments, watched.
+    """
+
+    def __init__(
+        self, run: Run, precision: Precision, dtype: str, least: float, static: Sequence[Slot | Lent]
+    ) -> None:
+        self._run = run
+        self._precision = precision
+        self._dtype = DTYPES[dtype]
+        self._least = least
+        self._static = static
+        self._kept: list[tuple[torch.Tensor, torch.Tensor, str]] = []
+        self._right: dict[int, torch.Tensor] = {}
+
+    def call(self, case: Case, draw: Draw, judge: bool = True) -> torch.Tensor:
+        """Run once on ``draw``; the output stays alive, and must stay as it was returned, until ``settle``.
+
+        Returns:
+            A copy of the output, made at once.
+
+        Raises:
+            Rejected: the call failed, or what it returned or did is wrong.
+        """
+        case.load(draw)
+        where = f"on {draw}, {_sizes(case.problem)}"
+        _poison(draw.reference.shape, self._dtype)
+        try:
+            y = self._run(*case.args)
+        except Declined:
+            if draw.extreme:
+                return torch.full_like(draw.reference, math.nan, dtype=self._dtype)
+            raise Rejected("failed", f"declined {where}") from None
+        except BaseException as error:
+            rejected(error, f" {where}")
+        self._expect_a_fresh_output(y, draw.reference.shape, case.slots, where)
+        copy = y.clone()
+        expect_untouched([*case.slots], where)
+        if self._kept and not _same(*self._kept[-1][:2]):
+            raise Rejected("wrong_result", f"a call overwrote the output of the one before, {self._kept[-1][2]}")
+        self._kept.append((y, copy, where))
+        if judge:
+            self.judge(case, draw, copy)
+        return copy
+
+    def judge(self, case: Case, draw: Draw, y: torch.Tensor) -> None:
+        """Compare an output with its reference. Raises Rejected where the class does not allow the gap."""
+        known = self._right.get(id(draw))
+        if draw.allowed is NOBODY or (known is not None and torch.equal(y, known)):
+            return
+        where = f"on {draw}, {_sizes(case.problem)}"
+        # Infinity less infinity is NaN by accident; the bf16 attention of torch has numbers there.
+        strict = self._precision is Precision.EXACT or draw.kind == "nan"
+        said, found = gap_beside_non_finite(y, draw.reference, self._least, draw.ignored, strict)
+        if self._precision in draw.unfit:
+            said = said or ("" if math.isfinite(found.total) else "not finite")
+        else:
+            said = said or found.over(self._precision, y.shape, draw.allowed)
+        if said:
+            raise Rejected("wrong_result", f"{said}, {where}")
+        self._right[id(draw)] = y
+
+    def settle(self) -> None:
+        """Wait for hidden work; then every output must still be what it was when it was returned."""
+        time.sleep(SETTLE_S)
+        for y, copy, where in self._kept:
+            if not _same(y, copy):
+                raise Rejected("wrong_result", f"its output changed after it was returned, {where}")
+        self._kept.clear()
+
+    def finish(self) -> None:
+        """After the last call: the constant arguments must be what they were. Raises Rejected."""
+        expect_untouched(self._static, "")
+
+    def _expect_a_fresh_output(self, y: object, shape: torch.Size, slots: Sequence[Slot], where: str) -> None:
+        expected = f"expected a torch.Tensor {tuple(shape)} of {self._dtype} on cpu with memory of its own"
+        if type(y) is not torch.Tensor:
+            raise Rejected("wrong_result", f"its output: found {type(y).__name__}, {expected}, {where}")
+        found = ""
+        if y.device.type != "cpu" or y.layout is not torch.strided or y._is_zerotensor():
+            found = f"device {y.device}, layout {y.layout}"
+        elif y.dtype is not self._dtype:
+            found = str(y.dtype)
+        elif y.shape != shape:
+            found = f"shape {tuple(y.shape)}"
+        elif y.requires_grad or y.is_neg():
+            found = "a tensor with work left to do"
+        elif any(size > 1 and stride == 0 for size, stride in zip(y.shape, y.stride(), strict=True)):
+            found = "elements that share memory"
+        else:
+            storage = y.untyped_storage()
+            low, high = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+            if any(slot.overlaps(low, high) for slot in (*slots, *self._static)):
+                found = "memory of an input"
+            elif any(_overlap(low, high, kept) for kept, _, _ in self._kept):
+                found = "memory of an earlier output that is still in use"
+        if found:
+            raise Rejected("wrong_result", f"its output: found {found}, {expected}, {where}")
+
+
+def expect_untouched(watched: Sequence[Slot | Lent], where: str) -> None:
+    """Raise Rejected where a kernel wrote to an argument or beside it."""
+    for each in watched:
+        if fault := each.fault():
+            raise Rejected("wrong_result", f"{fault} {where}".rstrip())
+
+
+def rejected(error: BaseException, where: str) -> NoReturn:
+    """Turn what a kernel raised into Rejected; a person's interrupt stays one."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    status = "out_of_memory" if is_out_of_memory(error) else "failed"
+    raise Rejected(status, f"{describe(error)}{where}") from error
+
+
+def describe(error: BaseException) -> str:
+    """Type and first line of an error."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in Python or in torch's allocator."""
+    text = str(error)
+    signs = ("can't allocate", "not enough memory", "Cannot allocate memory", "out of memory", "bad_alloc")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in text for s in signs))
+
+
+def _poison(shape: torch.Size, dtype: torch.dtype) -> None:
+    """Leave blocks of an output's size, full of NaN, to whoever allocates next.
+
+    Small blocks come back to a kernel's ``torch.empty``, so what it does not write is NaN. Large ones may
+    come fresh from the system, all zero; there only the comparison with new values finds what was not written.
+    """
+    for block in [torch.full(shape, math.nan, dtype=dtype) for _ in range(2)]:
+        del block
+
+
+def _same(y: torch.Tensor, copy: torch.Tensor) -> bool:
+    if torch.equal(y, copy):
+        return True
+    return torch.equal(y.isnan(), copy.isnan()) and torch.equal(y.nan_to_num(), copy.nan_to_num())
+
+
+def _overlap(low: int, high: int, other: torch.Tensor) -> bool:
+    storage = other.untyped_storage()
+    return low < storage.data_ptr() + storage.nbytes() and storage.data_ptr() < high
+
+
+def _sizes(problem: Problem) -> str:
+    dynamic = pool.operator(problem.op).dynamic
+    return " ".join(f"{name}={problem.dim(name)}" for name in dynamic) + f"@{problem.align}"

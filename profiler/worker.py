@@ -1,0 +1,97 @@
+"""The worker process: kernels run here and nowhere else. ``isolation`` starts it and outlives it.
+
+Requests come as JSON lines on standard input; answers go as JSON lines to a descriptor of their own, since a
+kernel may print. The candidate about to run is noted in shared memory, where it survives a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from dks.dispatch.problem import Candidate, Problem
+from dks.profiler.bench import Bench, Job
+from dks.profiler.findings import rounds_to_json
+
+NOTE_BYTES = 256  # of shared memory: the id of the candidate in flight
+_PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """Answers requests until its input ends."""
+
+    def __init__(self, answers: int, note: int) -> None:
+        self._answers = os.fdopen(answers, "w", buffering=1)
+        self._note = mmap.mmap(note, NOTE_BYTES)
+        self._bench: Bench | None = None
+
+    def in_flight(self, name: str) -> None:
+        """Note the candidate about to run."""
+        self._note[: len(name) + 1] = name.encode() + b"\0"
+
+    def serve(self) -> None:
+        """Answer every request with lines, the last of which has ``done``."""
+        for line in sys.stdin:
+            for answer in self._answer(json.loads(line)):
+                self._say(answer)
+
+    def _say(self, answer: Mapping[str, Any]) -> None:
+        self._answers.write(json.dumps(answer, separators=(",", ":")) + "\n")
+
+    def _answer(self, request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        if request["do"] == "begin":
+            if request["threads"] is not None:
+                torch.set_num_threads(request["threads"])
+            self._bench = Bench(request["seed"], request["cache"], self.in_flight)
+            yield {"done": True}
+            return
+        assert self._bench is not None, "begin comes first"
+        if request["do"] == "check":
+            candidate = Candidate.parse(request["candidate"])
+            self.in_flight(candidate.id)
+            finding, poisoned = self._bench.check(Problem.parse(request["problem"]), candidate)
+            self.in_flight("")
+            yield {"done": True, "finding": asdict(finding), "poisoned": poisoned}
+        elif request["do"] == "joules":
+            self.in_flight(request["candidate"])
+            joules, why = self._bench.joules(Problem.parse(request["problem"]), request["candidate"])
+            yield {"done": True, "joules": joules, "note": why}
+        else:
+            yield from self._time(Job.from_json(request["job"]))
+
+    def _time(self, job: Job) -> Iterator[Mapping[str, Any]]:
+        assert self._bench is not None
+        for found in self._bench.time(job):
+            if isinstance(found, list):
+                yield {"rounds": rounds_to_json(found)}
+                # The next kernel starts when these are on the disk: writing them would disturb it.
+                sys.stdin.readline()
+            else:
+                yield {"name": found[0], "finding": asdict(found[1])}
+        yield {"done": True}
+
+
+def main() -> None:
+    """Serve, and die with the process that started this one."""
+    answers, note, parent, data_limit = map(int, sys.argv[1:])
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        return
+    if data_limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
+    os.dup2(2, 1)
+    Worker(answers, note).serve()
+
+
+if __name__ == "__main__":
+    main()

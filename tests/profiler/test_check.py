@@ -1,0 +1,332 @@
+"""The correctness checks: every wrong kernel is out with a reason, and every good one stays."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dks.dispatch import pool
+from dks.dispatch.kernel import Declined, Kernel, Run, relative_error
+from dks.dispatch.problem import Candidate, Precision, Problem
+from dks.profiler.check import Checker, Verdict
+from dks.profiler.gaps import gap
+from tests.profiler import wrong_kernels as wrong
+
+SOAK = os.environ.get("DKS_SOAK") == "1"
+M = 40
+
+Add = Callable[..., Candidate]
+
+
+def linear(epilogue: str = "none", m: int = M, n: int = 24, k: int = 48, align: int = 64, **more: str) -> Problem:
+    traits = {"dtype": "float32", "bias": "yes", "epilogue": epilogue} | more
+    return Problem.of("linear", traits, {"m": m, "n": n, "k": k}, align)
+
+
+def layer_norm() -> Problem:
+    return Problem.of("layer_norm", {"dtype": "float32", "affine": "yes"}, {"m": 9, "n": 24})
+
+
+def attention(**traits: str) -> Problem:
+    dims = {"b": 2, "q": 9, "kv": 9, "h": 4, "hkv": 2, "d": 8}
+    return Problem.of(
+        "attention", {"dtype": "float32", "mask": "none", "causal": "no", "layout": "bhsd"} | traits, dims
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small calls wait long for a second thread on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checker() -> Checker:
+    return Checker(0)
+
+
+@pytest.fixture
+def add() -> Iterator[Add]:
+    """Puts a kernel into the pool for one test."""
+    added: list[str] = []
+
+    def put(bind: Callable[..., Run], op: str = "linear", **more: Any) -> Candidate:
+        fields: dict[str, Any] = {"precision": {"float32": Precision.EXACT}} | more
+        kernel = Kernel(f"wrong.kernel{len(added)}", op=op, bind=bind, **fields)
+        pool.kernels()[kernel.id] = kernel
+        added.append(kernel.id)
+        return Candidate(kernel.id)
+
+    yield put
+    for id in added:
+        del pool.kernels()[id]
+
+
+def expect_out(verdict: Verdict) -> None:
+    assert verdict.status in ("wrong_result", "failed", "out_of_memory"), verdict
+    assert verdict.reason and "\n" not in verdict.reason and len(verdict.reason) <= 300
+
+
+@pytest.fixture
+def fresh(checker: Checker) -> Checker:
+    """The shared checker, forgetting what it found of a kernel of the same name."""
+    checker._group.verdicts.clear()
+    return checker
+
+
+@pytest.mark.parametrize("name", wrong.LINEAR)
+def test_a_wrong_linear_is_out(fresh: Checker, add: Add, name: str) -> None:
+    expect_out(fresh.check(linear(), add(wrong.LINEAR[name])))
+
+
+@pytest.mark.parametrize("name", wrong.GELU)
+def test_a_wrong_epilogue_is_out(fresh: Checker, add: Add, name: str) -> None:
+    expect_out(fresh.check(linear("gelu"), add(wrong.GELU[name])))
+
+
+@pytest.mark.parametrize("name", wrong.LAYER_NORM)
+def test_a_wrong_layer_norm_is_out(fresh: Checker, add: Add, name: str) -> None:
+    expect_out(fresh.check(layer_norm(), add(wrong.LAYER_NORM[name], op="layer_norm")))
+
+
+@pytest.mark.parametrize("name", wrong.ATTENTION)
+def test_a_wrong_attention_is_out(fresh: Checker, add: Add, name: str) -> None:
+    traits, bind = wrong.ATTENTION[name]
+    expect_out(fresh.check(attention(**traits), add(bind, op="attention")))
+
+
+def test_there_are_enough_of_them() -> None:
+    kinds = (wrong.LINEAR, wrong.LATER, wrong.GELU, wrong.LAYER_NORM, wrong.ATTENTION)
+    assert sum(len(kind) for kind in kinds) >= 55
+
+
+# -- after timing ----------------------------------------------------------------------------------------
+
+
+def timed(
+    problem: Problem, bind: Callable[..., Run], calls: int = 1100
+) -> tuple[Run, tuple[Any, ...], tuple[Any, ...]]:
+    made = pool.operator(problem.op).make_inputs(problem, torch.Generator().manual_seed(0), "normal")
+    run = bind(problem, (), *made.static)
+    for _ in range(calls):
+        run(*made.dynamic)
+    return run, made.static, made.dynamic
+
+
+@pytest.mark.parametrize("name", wrong.LATER)
+def test_wrong_after_many_calls_is_found_by_the_recheck(fresh: Checker, add: Add, name: str) -> None:
+    candidate = add(wrong.LATER[name])
+    assert fresh.check(linear(), candidate).status == "ok"
+    expect_out(fresh.recheck(linear(), candidate, *timed(linear(), wrong.LATER[name])))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "first output forever", "previous output", "one buffer", "memoised by address", "memoised by object",
+        "memoised by version", "mutates x", "mutates weight", "late change", "threads", "racy always",
+    ],
+)  # fmt: skip
+def test_the_recheck_alone_finds_it(fresh: Checker, add: Add, name: str) -> None:
+    bind = wrong.LINEAR.get(name, wrong.wrong_after(0))
+    candidate = add(bind)
+    bound = timed(linear(), bind, 0 if name == "threads" else 1)
+    verdict = fresh.recheck(linear(), candidate, *bound)
+    expect_out(verdict)
+    assert verdict.poisoned is (name == "threads") or name == "late change"
+
+
+@pytest.mark.parametrize("problem", [linear(), layer_norm(), attention(mask="float")], ids=lambda p: p.op)
+def test_a_right_kernel_passes_the_recheck(checker: Checker, problem: Problem) -> None:
+    default = pool.kernels()[pool.operator(problem.op).default]
+    run, static, dynamic = timed(problem, default.bind, 3)
+    before = [t.clone() for t in dynamic if isinstance(t, torch.Tensor)]
+    verdict = checker.recheck(problem, Candidate(default.id), run, static, dynamic)
+    assert (verdict.status, verdict.stable, verdict.poisoned) == ("ok", True, False), verdict
+    after = [t for t in dynamic if isinstance(t, torch.Tensor)]
+    assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True)), "the values are others"
+
+
+def test_a_process_that_changed_while_timing_is_poisoned(fresh: Checker, add: Add) -> None:
+    bind = wrong.LINEAR["threads"]
+    verdict = fresh.recheck(linear(), add(bind), *timed(linear(), bind, 1))
+    assert verdict.poisoned and "while it was timed" in verdict.reason
+    run, *tensors = timed(linear(), pool.kernels()["torch.linear"].bind, 1)
+    assert fresh.recheck(linear(), Candidate("torch.linear"), run, *tensors).status == "ok", "it was set back"
+
+
+def test_a_recheck_takes_other_weights(checker: Checker) -> None:
+    run, static, dynamic = timed(linear(), pool.kernels()["torch.linear"].bind, 1)
+    static[0].mul_(3)
+    assert checker.recheck(linear(), Candidate("torch.linear"), run, static, dynamic).status == "ok"
+
+
+# -- what is said ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [
+        ("mutates x", "wrong_result", "changed its input"),
+        ("writes after x", "wrong_result", "wrote outside its input"),
+        ("mutates weight at bind", "wrong_result", "in bind"),
+        ("one buffer", "wrong_result", "earlier output"),
+        ("returns its input", "wrong_result", "memory of an input"),
+        ("touches its last output", "wrong_result", "overwrote the output of the one before"),
+        ("subclass", "wrong_result", "Lazy"),
+        ("one row too few", "wrong_result", "shape"),
+        ("last element by a thousandth", "wrong_result", "worst element"),
+        ("drops nan", "wrong_result", "finite values where NaN"),
+        ("raises", "failed", "RuntimeError: no such"),
+        ("exits", "failed", "SystemExit"),
+        ("declines all", "failed", "declined"),
+        ("out of memory", "out_of_memory", "MemoryError"),
+        ("torch out of memory", "out_of_memory", "RuntimeError"),
+    ],
+)
+def test_the_reason_says_what_is_wrong(fresh: Checker, add: Add, name: str, status: str, said: str) -> None:
+    verdict = fresh.check(linear(), add(wrong.LINEAR[name]))
+    assert verdict.status == status and said in verdict.reason, verdict
+    assert not verdict.poisoned
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("threads", "torch.get_num_threads()"), ("default dtype", "float64"), ("deterministic", "deterministic"),
+        ("flushes denormals", "denormal"), ("grad mode", "grad mode"), ("mkldnn off", "mkldnn"),
+        ("matmul precision", "medium"), ("changes directory", "working directory"),
+        ("changes environment", "OMP_NUM_THREADS"), ("patches the timer", "time.perf_counter_ns"),
+        ("patches torch.equal", "torch.equal"), ("patches the norm", "vector_norm"),
+        ("patches the framework", "relu"), ("leaves threads", "alive"),
+    ],
+)  # fmt: skip
+def test_a_changed_process_is_poisoned_and_set_back(fresh: Checker, add: Add, name: str, said: str) -> None:
+    before = (torch.get_num_threads(), torch.get_default_dtype(), Path.cwd(), time.perf_counter_ns, torch.equal)
+    verdict = fresh.check(linear(), add(wrong.LINEAR[name]))
+    assert (verdict.status, verdict.poisoned) == ("wrong_result", True) and said in verdict.reason, verdict
+    assert before == (
+        torch.get_num_threads(), torch.get_default_dtype(), Path.cwd(), time.perf_counter_ns, torch.equal,
+    )  # fmt: skip
+    assert torch.is_grad_enabled() and sys.float_info.min * float("0.5") > 0
+    assert fresh.check(linear(), Candidate("torch.linear")).status == "ok"
+
+
+def test_unavailable_and_unsupported_say_why(checker: Checker, add: Add) -> None:
+    absent = add(wrong.LINEAR["zeros"], unavailable=lambda: "needs a machine of tomorrow")
+    found = checker.check(linear(), absent)
+    assert (found.status, found.reason) == ("unavailable", "needs a machine of tomorrow")
+    found = checker.check(linear(), Candidate("torch.weight_int8"))
+    assert found.status == "unsupported" and "bfloat16" in found.reason
+
+
+def test_values_may_be_declined_but_not_answered_wrongly(fresh: Checker, add: Add) -> None:
+    def bind(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            if not 1e-3 < float(x.abs().max()) < 1e4:  # NaN as well
+                raise Declined("outside its domain")
+            return torch.nn.functional.linear(x, weight, bias)
+
+        return run
+
+    assert fresh.check(linear(), add(bind)).status == "ok"
+
+
+def test_interrupts_pass(fresh: Checker, add: Add) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fresh.check(linear(), add(wrong.raises(KeyboardInterrupt())))
+
+
+def test_errors_are_those_of_the_problem_whatever_came_before() -> None:
+    int8 = Candidate("quantized.dynamic_onednn")
+    if pool.kernels()[int8.kernel].unavailable():
+        pytest.skip("no such engine")
+    seen = []
+    for sizes in ((1, M), (M,)):
+        made = Checker(0)
+        verdicts = [made.check(linear(m=m, n=64, k=128), int8) for m in sizes]
+        assert all(v.status == "ok" for v in verdicts)
+        seen.append(verdicts[-1].errors)
+    assert seen[0] == seen[1] and set(seen[0]) == {"normal", "outliers"}
+    assert seen[0]["outliers"] > 1e-2, "outliers must cost an int8 kernel its 1e-2 budget"
+
+
+def test_a_kernel_that_is_not_stable_but_right_stays(fresh: Checker, add: Add) -> None:
+    def bind(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+        count = itertools.count()
+        return lambda x: torch.nn.functional.linear(x, weight, bias) * (1 + 3e-7 * (next(count) % 2))
+
+    verdict = fresh.check(linear(), add(bind))
+    assert (verdict.status, verdict.stable) == ("ok", False), verdict
+    assert fresh.check(linear(), Candidate("torch.linear")).stable is True
+
+
+def test_the_declared_alignment_is_kept(fresh: Checker, add: Add) -> None:
+    """A kernel that needs 16 bytes sees no less; its fault at 4 is nobody's."""
+    picky = wrong.LINEAR["at odd addresses"]
+    assert fresh.check(linear(), add(picky, align=16)).status == "ok"
+
+
+def test_one_element_in_a_large_output_is_found() -> None:
+    y = torch.randn(1000, 300)
+    reference = y.double()
+    y[700, 299] += 1e-3
+    found = gap(y, reference)
+    assert relative_error(y, reference) < 1e-5 < found.element
+    assert found.over(Precision.EXACT, y.shape) and not found.over(Precision.BF16, y.shape)
+
+
+# -- good kernels ----------------------------------------------------------------------------------------
+
+LEAST = {"float32": 4, "bfloat16": 2}
+STATICS: dict[str, list[dict[str, int]]] = {
+    "linear": [{"n": 65, "k": 33}, {"n": 64, "k": 128}],
+    "layer_norm": [{"n": 33}, {"n": 2}],
+    "attention": [{"h": 2, "hkv": 1, "d": 16}],
+}
+MORE: dict[str, list[dict[str, int]]] = {
+    "linear": [{"n": 1, "k": 1}, {"n": 384, "k": 384}, {"n": 3, "k": 4096}],
+    "layer_norm": [{"n": 1}, {"n": 384}],
+    "attention": [{"h": 4, "hkv": 4, "d": 32}, {"h": 3, "hkv": 1, "d": 33}],
+}
+DYNAMIC: dict[str, list[dict[str, int]]] = {
+    "linear": [{"m": 8}, {"m": 200}],
+    "layer_norm": [{"m": 1}, {"m": 200}],
+    "attention": [{"b": 1, "q": 33, "kv": 33}],
+}
+
+
+def groups() -> Iterator[Any]:
+    """One weight a case: all of them with DKS_SOAK=1, else one for each combination of traits."""
+    for op, operator in pool.operators().items():
+        traits = [dict(zip(operator.traits, v, strict=True)) for v in itertools.product(*operator.traits.values())]
+        cases = list(
+            itertools.product(STATICS[op] + MORE[op] if SOAK else STATICS[op], (64, 16, 4) if SOAK else (64, 4))
+        )
+        for i, (chosen, case) in enumerate(itertools.product(traits, cases)):
+            if SOAK or i % len(cases) == i // len(cases) % len(cases):
+                yield pytest.param(op, chosen, *case, id=f"{op}-{'-'.join(chosen.values())}-{case}")
+
+
+@pytest.mark.parametrize(("op", "traits", "statics", "align"), list(groups()))
+def test_no_good_kernel_is_out(op: str, traits: dict[str, str], statics: dict[str, int], align: int) -> None:
+    checker, operator = Checker(1), pool.operator(op)
+    for sizes in DYNAMIC[op]:
+        dims = {name: (statics | sizes)[name] for name in operator.dims}
+        problem = Problem.of(op, traits, dims, max(align, LEAST[traits["dtype"]]))
+        for candidate in pool.candidates_for(op):
+            verdict = checker.check(problem, candidate)
+            assert verdict.status in ("ok", "unsupported", "unavailable"), (problem.id, candidate.id, verdict)
+            if verdict.status == "ok":
+                assert set(verdict.errors) == {"normal", "outliers"} and not verdict.poisoned

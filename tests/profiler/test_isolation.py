@@ -1,0 +1,132 @@
+"""Worker processes and kernels that crash, hang, exit and eat memory: each costs its own process, no more."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dks.dispatch import pool
+from dks.dispatch.problem import Candidate, Problem
+from dks.profiler.bench import Job
+from dks.profiler.isolation import MARK, Lost, Process, Setting
+from dks.profiler.timing import StoppingRule
+
+PROBLEM = Problem.of("linear", {"dtype": "float32", "bias": "yes", "epilogue": "none"}, {"m": 8, "n": 64, "k": 64})
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _fault_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv(pool.MORE_KERNELS, "tests.profiler.fault_kernels")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("DKS_TEST_ONCE", str(tmp_path / "once"))
+    pool.kernels.cache_clear()
+    yield
+    monkeypatch.undo()
+    pool.kernels.cache_clear()
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return Setting(threads=1, seed=0, cache="cold", timeout_s=20.0, folder=tmp_path)
+
+
+def marked() -> list[int]:
+    """Processes that a worker started, wherever they are."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if MARK in process.environ() and process.pid != os.getpid() and process.status() != "zombie":
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def job(*names: str, process: int = 0) -> Job:
+    return Job(PROBLEM, ("torch.linear", *names), StoppingRule(6, 6, 1.0), process)
+
+
+def test_healthy_candidates_share_one_warm_process(setting: Setting) -> None:
+    process = Process(3, setting)
+    try:
+        for name in ("torch.linear", "torch.addmm", "fault.good"):
+            finding, poisoned = process.check(PROBLEM, Candidate.parse(name))
+            assert (finding.status, poisoned) == ("ok", False), finding
+            assert finding.errors["normal"] < 1e-5
+        rounds = [
+            r for found in process.time(job("torch.addmm", "fault.good")) if isinstance(found, list) for r in found
+        ]
+        assert len(rounds) == 6 and {r.process for r in rounds} == {0}
+        assert all(ns > 0 for r in rounds for ns in r.ns.values())
+        assert process.busy_s > 0
+    finally:
+        process.close()
+    assert not marked()
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("segfault", "crashed", "SIGSEGV"),
+        ("abort", "crashed", "SIGABRT"),
+        ("exit", "crashed", "exit code 0"),
+        ("killed", "out_of_memory", "signal 9"),
+    ],
+)
+def test_a_dying_kernel_is_named_with_its_reason(setting: Setting, name: str, status: str, reason: str) -> None:
+    process = Process(0, setting)
+    with pytest.raises(Lost) as lost:
+        process.check(PROBLEM, Candidate.parse(f"fault.{name}"))
+    assert (lost.value.candidate, lost.value.status) == (f"fault.{name}", status)
+    assert reason in lost.value.reason
+    assert not marked()
+
+
+def test_a_hanging_kernel_is_killed_at_its_deadline_with_all_that_it_started(setting: Setting) -> None:
+    process = Process(0, Setting(1, 0, "cold", 3.0, setting.folder))
+    began = time.monotonic()
+    with pytest.raises(Lost) as lost:
+        process.check(PROBLEM, Candidate.parse("fault.hang_with_children"))
+    assert (lost.value.candidate, lost.value.status) == ("fault.hang_with_children", "timeout")
+    assert time.monotonic() - began < 15
+    assert not marked()
+
+
+def test_memory_that_is_not_there_is_a_status_and_harms_nobody(setting: Setting) -> None:
+    process = Process(0, setting)
+    finding, _ = process.check(PROBLEM, Candidate.parse("fault.memory"))
+    assert finding.status == "out_of_memory"
+    assert process.check(PROBLEM, Candidate.parse("torch.linear"))[0].status == "ok"
+    process.close()
+
+
+def test_a_crash_while_timing_names_the_candidate_in_flight(setting: Setting) -> None:
+    process = Process(0, setting)
+    rule = StoppingRule(1000, 1000, 60.0, racing=False)
+    names = ("torch.linear", "torch.addmm", "fault.late_segfault")
+    with pytest.raises(Lost) as lost:
+        for _ in process.time(Job(PROBLEM, names, rule, 0)):
+            pass
+    assert lost.value.candidate == "fault.late_segfault" and "SIGSEGV" in lost.value.reason
+    assert not marked()
+
+
+def test_a_worker_dies_with_the_process_that_started_it(setting: Setting) -> None:
+    child = os.fork()
+    if child == 0:
+        process = Process(0, setting)
+        (setting.folder / "pid").write_text(str(process._child.pid))
+        os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    worker = int((setting.folder / "pid").read_text())
+    for _ in range(100):
+        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie":
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlived its parent")
