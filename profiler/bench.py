@@ -139,9 +139,14 @@ class Bench:
         def out_of_time() -> bool:
             return job.until is not None and time.monotonic() >= job.until
 
-        yield from race(job.rule, kernels, rounds, entrants(problem, names), job.process, out_of_time)
-        timed = [name for name in names if any(name in each.ns for each in rounds[len(job.rounds) :])]
-        for name in timed if job.recheck else ():
+        gc.collect()
+        gc.disable()  # a collection inside a sample would be charged to whichever candidate it hits
+        try:
+            yield from race(job.rule, kernels, rounds, entrants(problem, names), job.process, out_of_time)
+        finally:
+            gc.enable()
+        # Who was dropped on the way was checked before, and something else is chosen in its stead.
+        for name in rounds[-1].ns if rounds and job.recheck else ():
             self._in_flight(name)
             bound = self._bound[name][0]
             candidate = Candidate.parse(name)
@@ -229,15 +234,12 @@ class _Kernels:
         return ns
 
     def watch(self) -> None:
-        """Begin to look for interference; no collection falls into a sample from here on."""
-        gc.disable()
+        """Begin to look for interference."""
         self._watch.start()
 
     def disturbed(self) -> str:
         """What interfered since ``watch``."""
-        found = self._watch.stop()
-        gc.enable()
-        return "; ".join(found)
+        return "; ".join(self._watch.stop())
 
 
 class _Neighbours:

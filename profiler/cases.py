@@ -11,30 +11,27 @@ import torch
 
 from dks.dispatch import pool
 from dks.dispatch.kernel import Inputs, Kernel, Run
-from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, Precision, Problem
+from dks.dispatch.problem import MAX_ALIGNMENT, Precision, Problem
 from dks.profiler.draws import NOT_FINITE, SCALED, Slot, is_mask, noisy, place, redrawn, tensors
 from dks.profiler.gaps import Gap, gap, gap_beside_non_finite, size_of
 from dks.profiler.trial import NOBODY, Case, Draw
 
-
 OUTLIER_SIZE = 64  # of each dynamic dim in the outlier check: enough rows to show the range of a whole tensor
 SIZES = (1, 2, 3, 17, 65)  # of each dynamic dim: one row, odd ones, one more than whole blocks
 EXTREME_SIZE = 17  # of each dynamic dim where values are extreme: a middle row with neighbours on both sides
-NEAR_LIMIT = 2**33  # product of dims beyond which the sizes beside a problem's own cost too much
+NEAR_LIMIT = 2**26  # product of dims beyond which the sizes beside a problem's own are left to held-out shapes
 FORGIVEN = 10.0  # class limits that the framework's own error on normal data may lift a bound by
 
 
 @dataclass
 class Group:
-    """What is shared by the problems of one weight: its values, the cases, and what candidates made of them."""
+    """What is shared by the problems of one weight: its values, and the cases."""
 
     static: tuple[Any, ...]
     framework: Run | None = None
     least: float = 0.0  # root mean square of its outputs on normal data
     placed: dict[int, tuple[list[Slot], tuple[Any, ...]]] = field(default_factory=dict)
     cases: dict[str, list[Case]] = field(default_factory=dict)
-    runs: dict[Candidate, Run] = field(default_factory=dict)
-    verdicts: dict[Candidate, Verdict] = field(default_factory=dict)
 
 
 class Cases:
@@ -53,6 +50,7 @@ class Cases:
         self._fresh: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
     def enter(self, problem: Problem) -> Group:
+        """The group of a problem; another one than before frees what was kept. Call it first."""
         operator = pool.operator(problem.op)
         statics = tuple(problem.dim(name) for name in operator.static)
         key = (problem.op, problem.traits, statics, problem.align)
@@ -74,13 +72,20 @@ class Cases:
         return pool.operator(problem.op).make_inputs(problem, torch.Generator().manual_seed(seed), draw)
 
     def placed_static(self, problem: Problem, kernel: Kernel) -> tuple[list[Slot], tuple[Any, ...]]:
+        """(slots, constant arguments in them), as this kernel is to be bound."""
         # A weight is prepared from its best alignment; a kernel without a form reads the caller's as it is.
         align = MAX_ALIGNMENT if kernel.form else problem.align
         if align not in self._group.placed:
             self._group.placed[align] = place(self._group.static, align)
         return self._group.placed[align]
 
+    def mend(self) -> str:
+        """Give the constant arguments their values again; says what a rejected kernel did to them, or ""."""
+        faults = [slot.fault() for slots, _ in self._group.placed.values() for slot in slots]
+        return next(filter(None, faults), "")
+
     def named(self, problem: Problem, name: str, align: int = 0) -> list[Case]:
+        """The cases of that name: small, low (less aligned: ``align`` bytes), extreme or outliers."""
         key = f"{name}{align}"
         if key not in self._group.cases:
             placed = replace(problem, align=align or problem.align)
@@ -188,6 +193,7 @@ class Cases:
         return self._own
 
     def fresh_values(self, problem: Problem) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """(other values of each dynamic tensor, their reference), at the problem's own size."""
         (own, *_) = self.at_own_size(problem)
         if self._fresh is None:
             generator = torch.Generator().manual_seed(self._seed + 2)

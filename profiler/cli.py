@@ -294,10 +294,10 @@ def replay(folder: Path, min_rounds: int, max_rounds: int, precision: float) -> 
     for label, seconds, width in zip(("racing", "exhaustive"), found.kernel_s, found.width, strict=True):
         table.add_row(label, f"{seconds:.2f}", f"{width:.2%}")
     command_line.print_table(table)
-    regret = found.regret
+    regret, saved = found.regret, found.saved
     click.echo(
-        f"racing takes {found.saved:.1f}x fewer kernel seconds; regret of its choices {regret.value:.2%} "
-        f"[{regret.low:.2%}, {regret.high:.2%}] in the geometric mean, {found.worst:.2%} at worst; "
+        f"racing takes {saved.value:.1f}x [{saved.low:.1f}, {saved.high:.1f}] fewer kernel seconds; "
+        f"regret of its choices {regret.value:.2%} [{regret.low:.2%}, {regret.high:.2%}] in the geometric mean, {found.worst:.2%} at worst; "
         f"{found.same} of {found.cells} choices are those of the exhaustive sweep"
     )
     return 0

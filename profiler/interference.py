@@ -28,7 +28,7 @@ LOST_NS = 100_000
 """Less than that is a wake-up or a kernel thread passing by, however short the window."""
 
 REUSE_NS = 1_000_000
-"""Windows that follow each other closer than this share a reading: the pause then counts to the second."""
+"""Windows that follow each other closer than this share a reading: the later one then includes the pause."""
 
 OTHERS_SHARE = 0.05
 """Of all cores: more than that in other processes marks. Two steps of the 10 ms counter on two cores."""

@@ -14,7 +14,7 @@ from dks.dispatch import pool
 from dks.dispatch.kernel import DTYPES, Declined, Run
 from dks.dispatch.problem import Precision, Problem
 from dks.profiler.draws import FLUSHED, NOT_FINITE, SCALED, Lent, Slot
-from dks.profiler.gaps import Gap, gap_beside_non_finite
+from dks.profiler.gaps import FEW, Gap, gap_beside_non_finite
 
 SETTLE_S = 0.001  # time given to work that was hidden on another thread
 NOBODY = Gap(math.inf, math.inf, math.inf, math.inf)  # allowed where the framework itself is wrong
@@ -127,22 +127,37 @@ class Trial:
             self.judge(case, draw, copy)
         return copy
 
-    def judge(self, case: Case, draw: Draw, y: torch.Tensor) -> None:
-        """Compare an output with its reference. Raises Rejected where the class does not allow the gap."""
+    def judge(self, case: Case, draw: Draw, y: torch.Tensor, *, strict_total: bool = False) -> float:
+        """Compare an output with its reference.
+
+        Args:
+            strict_total: whether the total error must be inside the class's limit, to the letter; else it is
+                given what chance and the framework's own error take.
+
+        Returns:
+            The total error, ||y - reference|| / ||reference||; 0 where there was nothing to compare.
+
+        Raises:
+            Rejected: the class does not allow the gap.
+        """
         known = self._right.get(id(draw))
         if draw.allowed is NOBODY or (known is not None and torch.equal(y, known)):
-            return
+            return 0.0
         where = f"on {draw}, {_sizes(case.problem)}"
         # Infinity less infinity is NaN by accident; the bf16 attention of torch has numbers there.
         strict = self._precision is Precision.EXACT or draw.kind == "nan"
         said, found = gap_beside_non_finite(y, draw.reference, self._least, draw.ignored, strict)
-        if self._precision in draw.unfit:
+        limit = self._precision.limit
+        if strict_total and y.numel() >= FEW and not found.total <= limit:
+            said = f"error {found.total:.2e}, its class allows {limit:g}"
+        elif self._precision in draw.unfit:
             said = said or ("" if math.isfinite(found.total) else "not finite")
         else:
             said = said or found.over(self._precision, y.shape, draw.allowed)
         if said:
             raise Rejected("wrong_result", f"{said}, {where}")
         self._right[id(draw)] = y
+        return found.total
 
     def settle(self) -> None:
         """Wait for hidden work; then every output must still be what it was when it was returned."""

@@ -81,13 +81,26 @@ def expect_out(verdict: Verdict) -> None:
 @pytest.fixture
 def fresh(checker: Checker) -> Checker:
     """The shared checker, forgetting what it found of a kernel of the same name."""
-    checker._group.verdicts.clear()
+    checker._known.clear()
     return checker
 
 
 @pytest.mark.parametrize("name", wrong.LINEAR)
 def test_a_wrong_linear_is_out(fresh: Checker, add: Add, name: str) -> None:
     expect_out(fresh.check(linear(), add(wrong.LINEAR[name])))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in wrong.LINEAR if name.startswith(("mutates", "writes", "late", "raises", "one buffer"))],
+)
+def test_the_next_kernel_is_judged_on_its_own(fresh: Checker, add: Add, name: str) -> None:
+    assert fresh.check(linear(), Candidate("torch.linear")).status == "ok"
+    expect_out(fresh.check(linear(), add(wrong.LINEAR[name])))
+    time.sleep(0.005)  # what is late has come
+    fresh._known.clear()
+    verdict = fresh.check(linear(), Candidate("torch.linear"))
+    assert (verdict.status, verdict.poisoned) == ("ok", False), verdict
 
 
 @pytest.mark.parametrize("name", wrong.GELU)
@@ -179,6 +192,7 @@ def test_a_recheck_takes_other_weights(checker: Checker) -> None:
     ("name", "status", "said"),
     [
         ("mutates x", "wrong_result", "changed its input"),
+        ("mutates weight", "wrong_result", "changed its input"),
         ("writes after x", "wrong_result", "wrote outside its input"),
         ("mutates weight at bind", "wrong_result", "in bind"),
         ("one buffer", "wrong_result", "earlier output"),
