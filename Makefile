@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 # Used where it can be reached; otherwise pip takes the pinned torch from wherever it is configured to look.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup setup-demo test lint demo bench clean
+BUSY ?= 0
+
+.PHONY: help setup setup-demo test soak lint demo bench bench-replay bench-aa bench-agree clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -22,6 +24,9 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt scripts/setup.sh
 test: setup ## run the tests (no GPU, under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q
 
+soak: setup ## the long forms of the tests: a thousand kills, every kernel on a wide grid (about 15 minutes)
+	DKS_SOAK=1 $(BIN)/python -m pytest -q -s tests/profiler/test_kills.py tests/profiler/test_check.py
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,6 +37,15 @@ demo: setup-demo ## profile, generate and serve a real model; prints a table
 
 bench: setup ## every problem of the MiniLM sweep: default, chosen, oracle, on bins and between them
 	$(BIN)/python -m bench.operators
+
+bench-replay: setup ## what racing saves, replayed on a record of every candidate to the end
+	$(BIN)/python -m bench.replay
+
+bench-aa: setup ## false winners: the framework's kernel swept against copies of itself (BUSY=2: beside two processes)
+	$(BIN)/python -m bench.trust aa --busy $(BUSY)
+
+bench-agree: setup ## two sweeps of a hundred problems: do their choices agree? (BUSY=2: beside two processes)
+	$(BIN)/python -m bench.trust agree --busy $(BUSY)
 
 clean: ## remove the environment and all results
 	rm -rf $(VENV) runs

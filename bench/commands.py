@@ -26,9 +26,9 @@ def command(*words: object) -> None:
         sys.exit(done.returncode)
 
 
-def profile(config: Path, folder: Path) -> None:
+def profile(config: Path, folder: Path, *more: str) -> None:
     """Measure what ``folder`` does not hold yet."""
-    command("dks-profile", "run", config, "-o", folder)
+    command("dks-profile", "run", config, "-o", folder, *more)
 
 
 def packages(folder: Path, out: Path) -> Mapping[str, ModuleType]:

@@ -1,4 +1,4 @@
-"""``make bench-replay``: what racing saves, and what it costs, replayed on a record of every candidate to the end."""
+"""``make bench-replay``: what racing saves and costs, replayed on a record of every candidate to the end."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import rich
 
-from bench.commands import CONFIG
 from bench.report import ROOT, Row, environment_lines, write_result
 from dks.codegen.admission import forms
 from dks.codegen.choose import choose
@@ -47,7 +46,7 @@ def main() -> None:
         os.environ[pool.MORE_KERNELS] = "bench.same"
         ok = false_winners(options.config or ROOT / "bench" / "aa.yaml", options.busy)
     else:
-        ok = agreement(options.config or CONFIG, options.busy)
+        ok = agreement(options.config or ROOT / "bench" / "agree.yaml", options.busy)
     sys.exit(0 if ok else 1)
 
 

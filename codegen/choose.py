@@ -21,7 +21,9 @@ from dks.dispatch.evidence import Measurement
 from dks.dispatch.intervals import Interval
 from dks.dispatch.problem import Problem
 
-FAR = 1.25  # a lead beyond this is no tie whatever its interval says, which then need not be computed
+FAR = 1.25
+"""A lead beyond this is no tie, and its interval need not be computed: two processes that differ by 40 % would
+still leave it above 1."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

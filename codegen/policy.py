@@ -24,9 +24,10 @@ class Policy:
             takes the fastest kernel that packs no second copy of a weight; ``energy`` compares joules.
         overhead_ns: what a dispatched call costs beyond the framework's own, in Python: a challenger must
             save more than this, or dispatching to it makes the call slower.
-        tie: two candidates closer than this share of their time are tied, whatever their intervals say. The
-            intervals include the spread between processes, so this is only what no one would change a kernel
-            for, and what the few processes of a sweep do not show.
+        tie: two candidates closer than this share of their time are tied, whatever their intervals say, and
+            a challenger's whole interval must lie beyond it: less is nothing to change a kernel for. How far
+            processes may differ is not in it but in the intervals of ``block_ratio``, which expect a spread even
+            where the few processes of a sweep show none; those of throughput and energy do not include it.
         max_form_bytes: largest packed form of one weight, in bytes; None is no limit.
         min_processes: a challenger must have been measured beside the default in at least so many processes,
             and be faster in every one of them: what one process likes may be its own luck with memory.

@@ -22,7 +22,7 @@ from dks.profiler.check import Checker
 from dks.profiler.counters import EnergyMeter, peak_memory
 from dks.profiler.findings import Finding, Round, rounds_from_json, rounds_to_json
 from dks.profiler.interference import Watch, default_sources
-from dks.profiler.timing import Entrants, StoppingRule, race
+from dks.profiler.timing import Entrants, ImpossibleTime, StoppingRule, race
 
 MAX_COPIES = 8
 ENERGY_S = 0.3  # of repeated calls, for one reading of an energy counter
@@ -113,7 +113,6 @@ class Bench:
             verdict.reason,
             dict(verdict.errors),
             verdict.stable,
-            peak_note="" if verdict.status == "ok" else "the candidate was not timed",
             energy_note=self._energy.unavailable() or "measured after timing, of finalists alone",
             digest=source_digest(pool.kernels()[candidate.kernel]),
         )
@@ -143,6 +142,9 @@ class Bench:
         gc.disable()  # a collection inside a sample would be charged to whichever candidate it hits
         try:
             yield from race(job.rule, kernels, rounds, entrants(problem, names), job.process, out_of_time)
+        except ImpossibleTime as error:
+            yield impossible(error)
+            return
         finally:
             gc.enable()
         # Who was dropped on the way was checked before, and something else is chosen in its stead.
@@ -280,6 +282,11 @@ def _fed(dynamic: tuple[Any, ...], flowing: torch.Tensor | None) -> tuple[Any, .
     if flowing is None or flowing.numel() != first.numel() or flowing.dtype != first.dtype:
         return dynamic
     return (flowing.reshape(first.shape), *dynamic[1:])
+
+
+def impossible(error: ImpossibleTime) -> tuple[str, Finding]:
+    """The candidate whose time can't be, and what is found of it."""
+    return str(error), Finding("failed", "the clock returned a time of zero or less")
 
 
 def entrants(problem: Problem, names: Sequence[str]) -> Entrants:

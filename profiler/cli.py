@@ -246,7 +246,11 @@ def _show_failures(rows: list[Measurement]) -> None:
 
 @cli.command()
 def doctor() -> int:
-    """Say what this machine can profile, and why not the rest."""
+    """Say what this machine can profile, and why not the rest.
+
+    \b
+    dks-profile doctor
+    """
     environment = Environment.current()
     for name, value in environment.to_dict().items():
         click.echo(f"{name:>10}: {value}")
@@ -297,7 +301,8 @@ def replay(folder: Path, min_rounds: int, max_rounds: int, precision: float) -> 
     regret, saved = found.regret, found.saved
     click.echo(
         f"racing takes {saved.value:.1f}x [{saved.low:.1f}, {saved.high:.1f}] fewer kernel seconds; "
-        f"regret of its choices {regret.value:.2%} [{regret.low:.2%}, {regret.high:.2%}] in the geometric mean, {found.worst:.2%} at worst; "
+        f"regret of its choices {regret.value:.2%} [{regret.low:.2%}, {regret.high:.2%}] in the geometric mean, "
+        f"{found.worst:.2%} at worst; "
         f"{found.same} of {found.cells} choices are those of the exhaustive sweep"
     )
     return 0

@@ -20,6 +20,9 @@ from dks.dispatch.problem import Candidate, Problem
 FAULTS = ("crashed", "timeout", "out_of_memory", "failed")
 """How a candidate that was tried can end without an answer; a wrong answer is a status of its own."""
 
+UNTIMED = "the candidate was not timed"
+"""Why a row has no memory and no energy."""
+
 
 @dataclass
 class Finding:
@@ -170,9 +173,9 @@ def _row(header: Header, candidate: Candidate, finding: Finding, rounds: Sequenc
         stable=finding.stable,
         form_bytes=kernel.form_bytes(header.problem) if finding.status == "ok" else 0,
         peak_bytes=finding.peak_bytes,
-        peak_note=finding.peak_note,
+        peak_note=finding.peak_note or UNTIMED * (finding.peak_bytes is None),
         energy_j=finding.energy_j,
-        energy_note=finding.energy_note,
+        energy_note=finding.energy_note or UNTIMED * (finding.energy_j is None),
         cache=header.cache,
         kernel_digest=finding.digest,
         environment=header.environment,

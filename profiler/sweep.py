@@ -15,8 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
-import torch
-
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
@@ -34,7 +32,7 @@ from dks.profiler.timing import StoppingRule
 
 STRIKES = 3  # problems that a candidate may crash or hang on before it is excluded from the others
 ATTEMPTS = 3  # checks of a candidate that may begin and never end, whatever ended the sweep, before it is excluded
-SCREENING_SHARE = 0.6  # of a budget; the rest confirms what the first pass left
+SCREENING_SHARE = 0.6  # of the time left, to screen problems; the rest confirms what screening leaves
 MAX_SPLITS = 3  # rounds of splitting: a bin is halved at most so often
 CLOSING_S = 0.02  # a problem, to put it into Parquet at the end: taken off the budget
 
@@ -144,9 +142,9 @@ def run_sweep(
         OSError: the disk refuses.
     """
     began = time.monotonic()
-    if sweep.threads is not None:
-        torch.set_num_threads(sweep.threads)
     environment = Environment.current(sweep.device)
+    if sweep.threads is not None:  # of the workers: no kernel runs in this process
+        environment = replace(environment, threads=str(sweep.threads))
     settings = {"cache": sweep.measure.cache, "seed": sweep.measure.seed}
     with opened(folder, sweep.name, environment, settings, fresh=fresh) as store:
         setting = Setting(sweep.threads, sweep.measure.seed, sweep.measure.cache, sweep.measure.timeout, folder)
@@ -196,6 +194,7 @@ class _Run:
                     grid.adopt(problem)
         self._touched: set[Problem] = set()
         self._visits: dict[Problem, int] = {}
+        self._screened = False
         self._energy = EnergyMeter().unavailable() is None
         self._tasks = self._enumerate()
 
@@ -211,7 +210,7 @@ class _Run:
         while not self._late():
             todo = self._todo()
             if todo:
-                self._pass(todo)
+                self._pass(*todo)
             elif not self._split():
                 break
         self.outcome.unfinished = [(t.problem.id, lack) for t in self._tasks if (lack := self._lack(t))]
@@ -240,21 +239,31 @@ class _Run:
 
     # What is missing
 
-    def _todo(self) -> list[Task]:
-        """Problems that lack something: as they come without a budget, what matters most first within one."""
+    def _todo(self) -> tuple[list[Task], float | None] | None:
+        """The problems of the next pass, and when it must end; None where nothing is lacking.
+
+        Without a budget all that lack something come as they are. Within one, screening what was never timed
+        and confirming what was take turns: the heaviest traffic is screened first, for a share of the time that
+        is left, and then what matters most is confirmed first.
+        """
         most = self._sweep.measure.processes + STRIKES
         todo = [t for t in self._tasks if self._visits.get(t.problem, 0) < most and self._lack(t)]
-        if self._deadline is None:
-            return todo
+        if self._deadline is None or not todo:
+            return (todo, None) if todo else None
+        seen = [t for t in todo if self._store.findings(t.problem).rounds]
+        if seen and self._screened:
+            self._screened = False
+            return sorted(seen, key=lambda t: -self._matter(t)), self._end()
+        self._screened = True
         heaviest: dict[object, float] = {}
         for task in todo:
             key = kind_of(task.problem)
             heaviest[key] = max(heaviest.get(key, 0.0), self._matter(task))
         # Problems of one weight stay together, since it is packed once for all of them.
-        unseen = [t for t in todo if not self._store.findings(t.problem).rounds]
+        unseen = [t for t in todo if t not in seen] or seen
         unseen.sort(key=lambda t: (t.role == "held_out", -heaviest[kind_of(t.problem)], -t.weight))
-        rest = [t for t in todo if self._store.findings(t.problem).rounds]
-        return unseen + sorted(rest, key=lambda t: -self._matter(t))
+        now = time.monotonic()
+        return unseen, now + SCREENING_SHARE * (self._end() - now)
 
     def _lack(self, task: Task) -> str:
         """What is still to be measured of a problem, in words; empty if nothing is."""
@@ -306,31 +315,29 @@ class _Run:
 
     # A pass
 
-    def _pass(self, todo: list[Task]) -> None:
-        """Visit each problem once with a process that has not seen it."""
+    def _pass(self, todo: list[Task], end: float | None) -> None:
+        """Visit each problem once with a process that has not seen it, until the end."""
         self._end_process()
-        screening = any(not self._store.findings(t.problem).rounds for t in todo)
         for done, task in enumerate(todo, 1):
-            if self._late():
+            if end is not None and time.monotonic() >= end and done > 1:
                 return
             self._touched.add(task.problem)
             self._visits[task.problem] = self._visits.get(task.problem, 0) + 1
             if self._check(task):
-                self._time(task, self._until(todo[done - 1 :], screening))
+                self._time(task, self._until(todo[done - 1 :], end))
             number = self._process.number if self._process else self._next
             self._notify(Event(done, len(todo), number, task.problem, self._headline(task)))
 
-    def _until(self, left: list[Task], screening: bool) -> float | None:
-        """When the visit to the first of ``left`` must end. In the first pass they share what is not kept for
-        confirming, half of it alike and half by traffic; later the one that matters most takes what it needs."""
-        if self._deadline is None:
+    def _until(self, left: list[Task], end: float | None) -> float | None:
+        """When the visit to the first of ``left`` must end: half of the time is shared alike, half by traffic.
+        What matters most has come first, so nobody waits for more than twice its share."""
+        if end is None:
             return None
-        now, end = time.monotonic(), self._end()
-        if not screening:
-            return end
+        now = time.monotonic()
         weights = sum(task.weight for task in left)
         share = 0.5 / len(left) + (0.5 * left[0].weight / weights if weights else 0.0)
-        return min(end, now + SCREENING_SHARE * (end - now) * min(1.0, 2 * share))
+        least = self._sweep.measure.seconds  # what it would take without a budget is never too much
+        return min(self._end(), now + max(min(least, end - now), (end - now) * min(1.0, 2 * share)))
 
     def _end(self) -> float:
         assert self._deadline is not None

@@ -155,6 +155,10 @@ class Sampler(Protocol):
         """What interfered since ``watch``, in words; empty if nothing was noticed."""
 
 
+class ImpossibleTime(Exception):
+    """A clock that stood still or ran backwards; the argument is the candidate it was asked for."""
+
+
 def race(
     rule: StoppingRule,
     sampler: Sampler,
@@ -167,6 +171,9 @@ def race(
 
     Yields:
         the new rounds, some at a time, marked where interference was noticed while they were taken.
+
+    Raises:
+        ImpossibleTime: a time is zero, negative or NaN. The rounds since the last yield are lost.
     """
     window: list[Round] = []
     sampler.watch()
@@ -182,5 +189,9 @@ def race(
             continue  # what was marked doesn't count: the rule may ask for more
         number = rounds[-1].number + 1 if rounds else 0
         taking = rule.contenders(rounds, entrants)
-        window.append(Round(number, process, sampler.round(taking)))
+        ns = sampler.round(taking)
+        for name, time in ns.items():
+            if not time > 0:
+                raise ImpossibleTime(name)
+        window.append(Round(number, process, ns))
         rounds.append(window[-1])

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dks.dispatch import pool
 from dks.dispatch.problem import Candidate, Problem
-from dks.profiler.bench import Job, entrants
+from dks.profiler.bench import Job, entrants, impossible
 from dks.profiler.findings import Finding, Round
 from dks.profiler.isolation import Lost, Setting
-from dks.profiler.timing import race
+from dks.profiler.timing import ImpossibleTime, race
 
 Time = Callable[[Problem, str], float]
 
@@ -49,6 +49,7 @@ class FakeMachine:
         self.timed: list[tuple[str, int]] = []
         self.started = 0
         self.seed = seed
+        self.sample: Callable[[float], int] = lambda ns: max(1, int(ns))
 
     def start(self, number: int, setting: Setting) -> FakeProcess:
         self.started += 1
@@ -87,7 +88,10 @@ class FakeProcess:
         def late() -> bool:
             return job.until is not None and time.monotonic() >= job.until
 
-        yield from race(job.rule, self, list(job.rounds), able, job.process, late)
+        try:
+            yield from race(job.rule, self, list(job.rounds), able, job.process, late)
+        except ImpossibleTime as error:
+            yield impossible(error)
 
     def joules(self, problem: Problem, name: str) -> tuple[float | None, str]:
         return None, "numbers take no energy"
@@ -102,7 +106,7 @@ class FakeProcess:
         ns = self.machine.times(self.problem, name) * of_process.lognormvariate(0, self.machine.process)
         ns *= self.rng.lognormvariate(0, self.machine.noise)
         self.machine.tick(ns / 1e9)
-        return max(1, int(ns))
+        return self.machine.sample(ns)
 
     def watch(self) -> None: ...
 

@@ -75,7 +75,7 @@ FAULTS: dict[str, Callable[[], object]] = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }
 
-LATE = 400
+LATE = 150
 """More calls than checks make, and fewer than checks and rounds together."""
 
 

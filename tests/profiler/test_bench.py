@@ -1,35 +1,28 @@
-"""Measuring real kernels on small problems, and kernels made to fail."""
+"""Checking and timing real kernels on small problems: copies, alignment, caches, neighbours, second thoughts."""
 
 from __future__ import annotations
 
-import random
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from dks.profiler.measure import Bench
 
 from dks.dispatch import pool
-from dks.dispatch.environment import Environment
-from dks.dispatch.evidence import Measurement
 from dks.dispatch.kernel import Kernel, Run
 from dks.dispatch.problem import Candidate, Precision, Problem
-from dks.profiler.timing import Rounds, StoppingRule
+from dks.profiler import bench as bench_module
+from dks.profiler.bench import Bench, Job
+from dks.profiler.findings import Finding, Round
+from dks.profiler.timing import StoppingRule
 
 PROBLEM = Problem.of("linear", {"dtype": "float32", "bias": "yes", "epilogue": "none"}, {"m": 8, "n": 64, "k": 64})
-
-
-def bench() -> Bench:
-    return Bench(Environment.current(), Rounds(StoppingRule(6, 6, 1.0), random.Random(0)), seed=0)
-
-
-def measure(problem: Problem, *ids: str) -> dict[str, Measurement]:
-    rows = bench().measure(problem, [Candidate.parse(id) for id in ids], 1.0)
-    return {row.candidate: row for row in rows}
+NORM = Problem.of("layer_norm", {"dtype": "float32", "affine": "yes"}, {"m": 8, "n": 64})
+SIX = StoppingRule(6, 6, 1.0)
 
 
 @pytest.fixture
-def fault() -> Iterator[Callable[[str, Callable[..., Run]], str]]:
+def fault() -> Iterator[Callable[..., str]]:
     """Adds a kernel of one's own to the pool for one test; returns its id."""
     added = []
 
@@ -44,113 +37,200 @@ def fault() -> Iterator[Callable[[str, Callable[..., Run]], str]]:
         del pool.kernels()[id]
 
 
-def test_every_candidate_gets_a_row_with_samples_and_an_error() -> None:
-    rows = measure(PROBLEM, *(c.id for c in pool.candidates_for("linear")))
-    assert len(rows) == len(pool.candidates_for("linear"))
-    default = rows["torch.linear"]
-    assert default.status == "ok" and len(default.samples_ns) == 6 and default.ratio == 1.0
-    assert default.error is not None and default.error < 1e-5
-    assert rows["torch.weight_int8"].status == "unsupported"  # takes bf16 alone
-    quantized = rows["quantized.dynamic_onednn"]
-    if quantized.status == "ok":
-        assert quantized.error_outliers is not None and quantized.error_normal is not None
-        assert quantized.error == max(quantized.error_outliers, quantized.error_normal)
-        assert quantized.error_outliers > 1e-2, "outliers must cost an int8 kernel its 1e-2 budget"
+def timed(bench: Bench, job: Job) -> tuple[list[Round], dict[str, Finding]]:
+    rounds: list[Round] = []
+    findings = {}
+    for found in bench.time(job):
+        if isinstance(found, list):
+            rounds += found
+        else:
+            findings[found[0]] = found[1]
+    return rounds, findings
 
 
-def test_the_error_on_outliers_does_not_depend_on_which_size_came_first() -> None:
-    errors = set()
-    for sizes in ((1, 8), (8,)):
-        made = bench()
-        for m in sizes:
-            problem = Problem.of("linear", dict(PROBLEM.traits), {**dict(PROBLEM.dims), "m": m})
-            rows = made.measure(problem, pool.candidates_for("linear"), 1.0)
-        errors.add(next(row.error_outliers for row in rows if row.candidate == "torch.linear"))
-    assert len(errors) == 1
+def test_a_check_says_all_that_a_row_needs() -> None:
+    finding, poisoned = Bench(0, "cold").check(PROBLEM, Candidate("torch.linear"))
+    assert (finding.status, poisoned, finding.stable) == ("ok", False, True)
+    assert finding.errors["normal"] < 1e-5 and finding.errors["outliers"] < 1e-5
+    assert (finding.peak_bytes is None) == bool(finding.peak_note)
+    assert finding.energy_note
 
 
-def wrong(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
-    return lambda x: torch.nn.functional.linear(x, weight)  # forgets the bias
+def test_an_int8_kernel_pays_for_outliers() -> None:
+    finding, _ = Bench(0, "cold").check(PROBLEM, Candidate("quantized.dynamic_onednn"))
+    if finding.status == "ok":
+        assert finding.errors["outliers"] > 1e-2, "outliers must cost an int8 kernel its 1e-2 budget"
 
 
-def stale(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
-    return lambda x: torch.full((x.shape[0], weight.shape[0]), float("nan"))
+def test_what_a_candidate_cannot_do_is_said(fault: Callable[..., str]) -> None:
+    absent = fault("absent", linear, unavailable=lambda: "needs a machine of tomorrow")
+    finding, _ = Bench(0, "cold").check(PROBLEM, Candidate.parse(absent))
+    assert (finding.status, finding.reason) == ("unavailable", "needs a machine of tomorrow")
+    finding, _ = Bench(0, "cold").check(PROBLEM, Candidate("torch.weight_int8"))
+    assert finding.status == "unsupported" and "bfloat16" in finding.reason
 
 
-def raises(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
-    def run(x: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("no such\ninstruction")
-
-    return run
+def linear(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+    return lambda x: torch.nn.functional.linear(x, weight, bias)
 
 
-def wrong_shape(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
-    return lambda x: torch.nn.functional.linear(x, weight, bias)[:-1]
+@pytest.mark.parametrize("cache", ["cold", "warm"])
+def test_rounds_have_every_candidate_once_and_the_collector_is_as_it_was(cache: str) -> None:
+    bench = Bench(0, cache)
+    rounds, findings = timed(bench, Job(PROBLEM, ("torch.linear", "torch.addmm"), SIX, process=5))
+    assert len(rounds) == 6 and not findings and gc.isenabled()
+    assert all(set(each.ns) == {"torch.linear", "torch.addmm"} for each in rounds)
+    assert all(ns > 0 for each in rounds for ns in each.ns.values()) and {r.process for r in rounds} == {5}
+    assert [each.number for each in rounds] == list(range(6))
 
 
-@pytest.mark.parametrize(
-    ("bind", "status", "reason"),
-    [
-        (wrong, "wrong_result", "error"),
-        (stale, "wrong_result", "nan"),
-        (wrong_shape, "wrong_result", "inf"),
-        (raises, "failed", "RuntimeError: no such"),
-    ],
-)
-def test_a_faulty_kernel_is_a_status_and_is_not_timed(
-    fault: Callable[..., str], bind: Callable[..., Run], status: str, reason: str
-) -> None:
-    id = fault("it", bind)
-    rows = measure(PROBLEM, "torch.linear", id)
-    assert (rows[id].status, rows[id].samples_ns) == (status, [])
-    assert reason in rows[id].reason and "\n" not in rows[id].reason
-    assert rows["torch.linear"].status == "ok", "its neighbours are unaffected"
+def test_a_later_visit_numbers_on() -> None:
+    earlier = tuple(Round(number, 0, {"torch.linear": 1000}) for number in range(9))
+    rounds, _ = timed(Bench(0, "cold"), Job(PROBLEM, ("torch.linear",), SIX, process=1, rounds=earlier))
+    assert [each.number for each in rounds] == list(range(9, 15))
 
 
-def test_unavailable_says_why(fault: Callable[..., str]) -> None:
-    id = fault("absent", wrong, unavailable=lambda: "needs a machine of tomorrow")
-    row = measure(PROBLEM, "torch.linear", id)[id]
-    assert (row.status, row.reason) == ("unavailable", "needs a machine of tomorrow")
+class Spy:
+    """Notes the addresses that a kernel is bound to and called with."""
 
+    def __init__(self) -> None:
+        self.weights: set[int] = set()
+        self.inputs: list[int] = []
 
-def test_a_time_of_zero_is_no_time() -> None:
-    frozen = Bench(
-        Environment.current(), Rounds(StoppingRule(6, 6, 1.0), random.Random(0), clock=lambda: 5), seed=0
-    )
-    (row,) = frozen.measure(PROBLEM, [Candidate("torch.linear")], 1.0)
-    assert row.status == "failed" and "clock" in row.reason and row.median_ns is None
+    def bind(self, problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+        self.weights.add(weight.data_ptr())
 
-
-def test_the_problem_s_alignment_reaches_the_kernel(fault: Callable[..., str]) -> None:
-    seen: list[int] = []
-
-    def spy(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
         def run(x: torch.Tensor) -> torch.Tensor:
-            seen.append(x.data_ptr() % 64)
+            self.inputs.append(x.data_ptr())
             return torch.nn.functional.linear(x, weight, bias)
 
         return run
 
-    id = fault("spy", spy)
+
+@pytest.mark.parametrize(("cache", "copies"), [("cold", True), ("warm", False)])
+def test_cold_rotates_weights_and_inputs_that_no_other_candidate_has_and_warm_does_not(
+    fault: Callable[..., str], cache: str, copies: bool
+) -> None:
+    spies = [Spy(), Spy()]
+    ids = [fault(f"spy{i}", spy.bind) for i, spy in enumerate(spies)]
+    timed(Bench(0, cache), Job(PROBLEM, ("torch.linear", *ids), SIX, process=0, recheck=False))
+    assert not spies[0].weights & spies[1].weights
+    assert (len(spies[0].weights) > 1) == copies
+    assert (len(set(spies[0].inputs)) > 1) == copies
+
+
+def test_a_problem_too_small_to_rotate_beyond_the_cache_has_it_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = []
+    for cache in ("cold", "warm"):
+        bench = Bench(0, cache)
+        fill = bench._scratch
+
+        class Counted:
+            def fill_(self, value: int) -> None:
+                emptied.append(value)
+
+        bench._scratch = Counted()  # type: ignore[assignment]
+        timed(bench, Job(PROBLEM, ("torch.linear",), SIX, process=0))
+        assert len(emptied) == 6, cache
+        assert fill.numel() >= bench._beyond
+
+
+def test_the_problem_s_alignment_reaches_the_kernel(fault: Callable[..., str]) -> None:
     for align in (64, 16, 4):
-        seen.clear()
+        spy = Spy()
+        id = fault(f"spy{align}", spy.bind)
         problem = Problem.of("linear", dict(PROBLEM.traits), dict(PROBLEM.dims), align)
-        measure(problem, "torch.linear", id)
-        assert seen and all(address % align == 0 for address in seen)
-        assert align == 64 or all(address % (2 * align) for address in seen), "and no better than it says"
+        timed(Bench(0, "cold"), Job(problem, ("torch.linear", id), SIX, process=0))
+        assert spy.inputs and all(address % align == 0 for address in spy.inputs)
+        assert align == 64 or all(address % (2 * align) for address in spy.inputs), "and no better than it says"
 
 
-def test_candidates_do_not_share_weights(fault: Callable[..., str]) -> None:
-    addresses: dict[str, set[int]] = {"one": set(), "two": set()}
+def test_the_neighbours_run_around_the_candidate_on_its_data_and_are_in_its_time(
+    fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    norm = pool.kernels()["torch.layer_norm"]
 
-    def keeper(name: str) -> Callable[..., Run]:
-        def bind(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
-            addresses[name].add(weight.data_ptr())
-            return lambda x: torch.nn.functional.linear(x, weight, bias)
+    def noted(problem: Problem, params: object, *static: torch.Tensor) -> Run:
+        inner = norm.bind(problem, params, *static)
 
-        return bind
+        def run(x: torch.Tensor) -> torch.Tensor:
+            order.append("norm")
+            return inner(x)
 
-    ids = [fault(name, keeper(name)) for name in addresses]
-    measure(PROBLEM, "torch.linear", *ids)
-    assert not addresses["one"] & addresses["two"]
-    assert len(addresses["one"]) > 1, "a small weight rotates through several copies"
+        return run
+
+    seen: list[float] = []
+
+    def candidate(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            order.append("linear")
+            seen.append(float(x.mean(dim=-1).abs().max()))
+            return torch.nn.functional.linear(x, weight, bias)
+
+        return run
+
+    import dataclasses
+
+    monkeypatch.setitem(pool.kernels(), "torch.layer_norm", dataclasses.replace(norm, bind=noted))
+    id = fault("noted", candidate)
+    job = Job(PROBLEM, (id, "torch.linear"), SIX, 0, before=(NORM,), after=(NORM, NORM), recheck=False)
+    bench = Bench(0, "pipeline")
+    timed(bench, job)
+    text = " ".join(order)
+    assert text.count("norm linear norm norm") >= 6
+    warmed = len(bench._bound[id])
+    biased = [mean for mean in seen[warmed:] if mean > 0.5]
+    assert not biased, "it reads what the norm before it wrote: rows of mean 0, but for the norm's own bias"
+
+
+def test_a_kernel_that_leaves_the_caches_empty_pays_for_it_in_the_pipeline(fault: Callable[..., str]) -> None:
+    """The same numbers as the clock gives: what the follower takes is the candidate's."""
+    ticks = iter(range(0, 10**6, 100))
+    clock = lambda: next(ticks)  # noqa: E731
+    neighbours = bench_module._Neighbours(Bench(0, "pipeline"), (), (NORM,))
+
+    def slow_follower(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(7):
+            clock()
+        return x
+
+    neighbours._after = [(slow_follower, (torch.ones(8, 64),))]
+    assert neighbours.timed(lambda x: x, (torch.ones(8, 64),), clock) == 800
+
+
+def test_a_kernel_that_answers_from_memory_is_found_after_timing(fault: Callable[..., str]) -> None:
+    def cached(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+        known: dict[int, torch.Tensor] = {}
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            if x.data_ptr() not in known:
+                known[x.data_ptr()] = torch.nn.functional.linear(x, weight, bias)
+            return known[x.data_ptr()].clone()
+
+        return run
+
+    id = fault("cached", cached)
+    _, findings = timed(Bench(0, "cold"), Job(PROBLEM, ("torch.linear", id), SIX, process=0))
+    assert set(findings) == {id} and findings[id].status == "wrong_result"
+
+
+def test_a_patched_clock_changes_no_time_and_is_found(fault: Callable[..., str]) -> None:
+    import time
+
+    real = time.perf_counter_ns
+
+    def cheat(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            time.perf_counter_ns = lambda: 0  # type: ignore[assignment]
+            return torch.nn.functional.linear(x, weight, bias)
+
+        return run
+
+    id = fault("cheat", cheat)
+    try:
+        rounds, findings = timed(Bench(0, "cold"), Job(PROBLEM, ("torch.linear", id), SIX, process=0))
+        assert all(each.ns[id] > 0 for each in rounds)
+        assert any("perf_counter" in finding.reason for finding in findings.values())
+    finally:
+        time.perf_counter_ns = real

@@ -49,7 +49,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_command_measures_and_says_what_it_cost(home: Path) -> None:
     said = (home / "first").read_text()
-    assert "3 problems measured, 0 reused, 0 unfinished" in said and "[1/3] process 0" in said
+    assert "3 problems measured, 0 reused, 0 unfinished" in said and "[1/3] process" in said
     assert "isolation and storage took" in said and "next: dks-codegen build" in said
 
 

@@ -108,7 +108,7 @@ def test_memory_that_is_not_there_is_a_status_and_harms_nobody(setting: Setting)
 
 def test_a_crash_while_timing_names_the_candidate_in_flight(setting: Setting) -> None:
     process = Process(0, setting)
-    rule = StoppingRule(1000, 1000, 60.0, racing=False)
+    rule = StoppingRule(3000, 3000, 60.0, racing=False)
     names = ("torch.linear", "torch.addmm", "fault.late_segfault")
     with pytest.raises(Lost) as lost:
         for _ in process.time(Job(PROBLEM, names, rule, 0)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -410,3 +412,49 @@ def test_a_bin_that_is_too_wide_is_split_and_its_halves_are_measured(config: Pat
 
 def test_a_bin_whose_best_is_the_best_inside_is_not_split(config: Path, folder: Path) -> None:
     assert sweep(config, folder).split == []
+
+
+def test_a_time_of_zero_is_no_time_and_its_candidate_is_out(config: Path, folder: Path) -> None:
+    def frozen(problem: Problem, name: str) -> float:
+        return float("-inf") if name == "torch.addmm" else by_rank(problem, name)
+
+    machine = FakeMachine(frozen)
+    machine.sample = lambda ns: 0 if ns == float("-inf") else max(1, int(ns))
+    sweep(config, folder, machine)
+    rows = [row for row in read_run(folder) if row.candidate == "torch.addmm"]
+    assert rows and all(row.status == "failed" and "clock" in row.reason and row.median_ns is None for row in rows)
+    assert all(row.samples_ns for row in read_run(folder) if row.candidate == "torch.linear")
+
+
+def test_a_full_disk_stops_the_sweep_and_loses_nothing(
+    config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = os.fsync, [25]
+
+    def fsync(handle: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    first = FakeMachine()
+    with pytest.raises(OSError, match="No space"):
+        sweep(config, folder, first)
+    monkeypatch.undo()
+    second = FakeMachine()
+    sweep(config, folder, second)
+    repeated = set(first.checked) & set(second.checked)
+    assert len(repeated) <= 1, "at most the one in flight"
+    assert {(row.problem, row.candidate) for row in read_run(folder)} == {*first.checked, *second.checked}
+
+
+def test_a_wall_clock_that_steps_changes_nothing(
+    config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stepping() -> float:
+        raise AssertionError("only monotonic time is asked")
+
+    monkeypatch.setattr(time, "time", stepping)
+    monkeypatch.setattr(time, "time_ns", stepping)
+    assert sweep(config, folder, budget_s=100.0).measured == PROBLEMS
