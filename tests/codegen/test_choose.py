@@ -63,9 +63,9 @@ def test_the_next_best_serves_where_the_best_is_not_confirmed() -> None:
 
 
 def test_two_percent_is_a_tie_by_default() -> None:
-    """However many processes agree that there is a lead."""
+    """However many processes agree that there is a lead: all of its interval must be more."""
     many = list(range(20))
-    for us, wins in ((981, False), (970, True)):
+    for us, wins in ((981, False), (978, False), (970, True)):
         rows = [row("torch.linear", 1000, processes=many), row("torch.addmm", us, processes=many)]
         assert block_ratio([[(1000, us)]] * len(many)).low > 1.0
         assert (choose(PROBLEM, "prepared", rows, EXACT).candidate == "torch.addmm") is wins
@@ -83,6 +83,10 @@ def test_a_lead_that_processes_may_differ_by_is_a_tie() -> None:
 def test_so_do_challengers_tie_with_each_other() -> None:
     rows = [row("torch.linear", 1000), row("torch.addmm", 515), row(PACKED, 500)]
     assert choose(PROBLEM, "prepared", rows, EXACT).candidate == "torch.addmm", "the simpler one"
+    sure = [dataclasses.replace(one, processes=list(range(20))) for one in rows]
+    assert choose(PROBLEM, "prepared", sure, EXACT).candidate == PACKED
+    sure[1] = row("torch.addmm", 509, processes=list(range(20)))
+    assert choose(PROBLEM, "prepared", sure, EXACT).candidate == "torch.addmm", "two percent again"
     rows[1] = row("torch.addmm", 530)
     rule = choose(PROBLEM, "prepared", rows, EXACT)
     assert rule.candidate == PACKED and rule.tied == ()

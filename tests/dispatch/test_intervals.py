@@ -88,6 +88,15 @@ def test_processes_that_differ_widen_a_block_ratio() -> None:
     assert widths[-1] > 5 * widths[0]
 
 
+def test_noise_inside_a_process_widens_a_block_ratio_and_more_so_where_neighbours_share_it() -> None:
+    rng = random.Random(8)
+    runs = [rng.lognormvariate(0, 0.3) for _ in range(16)]
+    together = [ratio for ratio in runs for _ in range(4)]
+    apart = [*runs, *runs, *runs, *runs]
+    steady, noisy, drifting = (width(block_ratio([of(*one)] * 2)) for one in ([1.0] * 64, apart, together))
+    assert steady * 1.2 < noisy and noisy * 1.2 < drifting
+
+
 def test_more_processes_narrow_a_block_ratio() -> None:
     widths = [width(block_ratio([of(*[1.0] * 10)] * count)) for count in (1, 2, 3, 6, 12)]
     assert all(wide > narrow for wide, narrow in pairwise(widths))
