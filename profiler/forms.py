@@ -58,6 +58,14 @@ def _each(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item if isinstance(item, str) else shown(item) for item in items))
 
 
+def _one(value: object) -> str:
+    """One trait's one value."""
+    values = _each(value)
+    if len(values) != 1 or isinstance(value, tuple):
+        raise ValueError("expected one value")
+    return values[0]
+
+
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -158,7 +166,7 @@ class NeighbourForm(_Form):
     """One entry under ``before`` or ``after``: ``{op: linear, dims: {m: b*q, n: 384, k: 384}}``."""
 
     op: Name
-    traits: dict[str, Text] = {}
+    traits: dict[str, Annotated[str, BeforeValidator(_one)]] = {}
     dims: dict[str, Annotated[int | str, BeforeValidator(_size)]] = {}
 
 

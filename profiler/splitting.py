@@ -10,7 +10,7 @@ from dks.dispatch.problem import Problem
 from dks.profiler.bench import entrants
 from dks.profiler.findings import Findings, counted, fastest
 from dks.profiler.grid import Asked
-from dks.profiler.timing import covers
+from dks.profiler.timing import LOOKS, covers
 
 
 def wide_bins(
@@ -45,5 +45,9 @@ def regret_low(corner: Problem, at_corner: Findings, at_inner: Findings) -> floa
         for each in inside:
             if chosen in each.ns and best in each.ns:
                 processes.setdefault(each.process, []).append((each.ns[chosen], each.ns[best]))
-        worst = max(worst, block_ratio(list(processes.values())).low - 1.0)
+        pairs = [pair for own in processes.values() for pair in own]
+        low = block_ratio(list(processes.values())).low
+        if LOOKS[0] <= len(pairs) < LOOKS[-1]:  # it was dropped at sight: what it showed is all there is
+            low = min(slow / fast for slow, fast in pairs)
+        worst = max(worst, low - 1.0)
     return worst

@@ -19,9 +19,12 @@ a median an interval: before, only a candidate that is far behind in every round
 
 LOOK = 5
 
-FAR = 2.0
+FAR = 1.5
 """Before there is an interval: the fastest sample of a candidate that is dropped is this many times slower than
 the slowest of one that could serve in its stead."""
+
+SURE = 0.05
+"""A candidate that is faster than the default by more than this share, with confidence, needs no closer look."""
 
 WINDOW_S = 0.1
 """Interference is looked for, and rounds are handed over to be kept, at least so often."""
@@ -58,18 +61,18 @@ class StoppingRule:
         min_rounds: rounds before the answer can be trusted at all; six give a median an interval.
         max_rounds: rounds at most.
         seconds: kernel time of a problem in one process; min_rounds are finished even so.
-        precision: enough is known once every contender's ratio interval is narrower than +- this share,
-            and two candidates closer than it are not told apart.
-        trailing: a candidate gets no more samples once its interval lies wholly behind one that could serve
-            in its stead, or its fastest sample is this many times slower than that one's median.
-        racing: False keeps every candidate to the end.
+        precision: enough is known once every contender's ratio to the default is known to +- this share, or is
+            surely a gain; what can't be better by more than this share is not worth telling apart.
+        trailing: a candidate gets no more samples once one that could serve in its stead is surely no worse, by
+            ``precision``, or its fastest sample is this many times slower than that one's median.
+        racing: False keeps every candidate to the end, until the ratios of all are known to +- ``precision``.
     """
 
     min_rounds: int = 10
     max_rounds: int = 100
     seconds: float = 1.0
     precision: float = 0.02
-    trailing: float = 1.5
+    trailing: float = 1.2
     racing: bool = True
 
     def contenders(self, rounds: Sequence[Round], entrants: Entrants) -> list[str]:
@@ -117,7 +120,7 @@ class StoppingRule:
         best, mine = min(rivals, key=lambda rival: median(rival[0]))
         if len(mine) < LOOKS[-1]:
             return min(mine) > FAR * max(best)
-        return min(mine) > self.trailing * median(best) or paired_ratio(best, mine).high < 1.0 - self.precision
+        return min(mine) > self.trailing * median(best) or paired_ratio(best, mine).high < 1.0 + self.precision
 
     def done(self, rounds: Sequence[Round], entrants: Entrants, process: int) -> bool:
         """Whether process ``process`` has timed this problem enough."""
@@ -133,6 +136,8 @@ class StoppingRule:
         for name in self.contenders(rounds, entrants):
             pairs = [(each.ns[default], each.ns[name]) for each in own if name in each.ns and default in each.ns]
             ratio = paired_ratio(*zip(*pairs, strict=True)) if pairs else None
+            if ratio is not None and self.racing and ratio.low > 1.0 + SURE:
+                continue
             if name != default and (ratio is None or ratio.high - ratio.low > 2 * self.precision * ratio.value):
                 return False
         return True

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dks.dispatch import pool
 from dks.profiler.config import ConfigError, Measure, load
-from dks.profiler.problems import MAX_PROBLEMS
+from dks.profiler.problems import MAX_PROBLEMS, kind_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -385,3 +385,63 @@ def test_whatever_is_typed_into_a_config_it_loads_or_is_named(
         load(path)
     except ConfigError as error:
         assert all(MESSAGE.fullmatch(line) for line in str(error).split("\n"))
+
+
+PIPELINE = """
+version: 1
+name: pipe
+operators:
+  linear:
+    bins: {m: {scheme: explicit, edges: [1, 8]}}
+    problems:
+      - dims: {n: 32, k: 64}
+        before: [{op: layer_norm, dims: {n: 64}}]
+        after: [{op: layer_norm, dims: {n: n}}]
+  attention:
+    bins: {b: {scheme: explicit, edges: [4]}, q: {scheme: explicit, edges: [16]}}
+    tie: {kv: q}
+    problems:
+      - dims: {h: 2, hkv: 2, d: 32}
+        traits: {dtype: bfloat16}
+        after: [{op: linear, traits: {bias: no}, dims: {m: b*q, n: 64, k: h*d}}]
+measure: {cache: pipeline}
+"""
+
+
+def test_neighbours_take_the_problem_s_sizes_and_dtype(folder: Path) -> None:
+    (folder / "pipe.yaml").write_text(PIPELINE)
+    sweep = load(folder / "pipe.yaml")
+    linear, attention = sweep.operators
+    problem = linear.problems[1].problem
+    around = linear.neighbours[kind_of(problem)]
+    assert around.before[0].beside(problem).dims == (("m", 8), ("n", 64))
+    assert around.after[0].beside(problem).dims == (("m", 8), ("n", 32))
+    problem = attention.problems[0].problem
+    after = attention.neighbours[kind_of(problem)].after[0].beside(problem)
+    assert after.dims == (("m", 64), ("n", 64), ("k", 64))
+    assert (after.trait("dtype"), after.trait("bias")) == ("bfloat16", "no")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("op: layer_norm, dims: {n: n}", "op: layer_nrom, dims: {n: n}", "after[0].op: found 'layer_nrom'"),
+        ("dims: {n: n}", "dims: {n: w}", "found 'w', expected one of m, n, k"),
+        ("dims: {n: n}", "dims: {x: n}", "found 'x', expected one of m, n"),
+        ("dims: {n: n}", "dims: {n: 0}", "expected a whole number from 1 to 2^40, or dims to multiply"),
+        ("traits: {bias: no}", "traits: {bias: maybe}", "found 'maybe', expected one of yes, no"),
+        ("{m: b*q, n: 64, k: h*d}", "{m: b*q, k: h*d}", "found no 'n', expected it: attention has no dim of that"),
+        (
+            "\n        after: [{op: linear, traits: {bias: no}, dims: {m: b*q, n: 64, k: h*d}}]",
+            "",
+            "neither before nor after",
+        ),
+        ("cache: pipeline", "cache: lukewarm", "cold, warm or pipeline"),
+    ],
+)
+def test_a_faulty_neighbour_is_named(folder: Path, old: str, new: str, message: str) -> None:
+    assert old in PIPELINE
+    (folder / "a.yaml").write_text(PIPELINE.replace(old, new, 1))
+    with pytest.raises(ConfigError) as error:
+        load(folder / "a.yaml")
+    assert message in str(error.value)

@@ -138,8 +138,8 @@ def test_covers(one: Level, other: Level, expected: bool) -> None:
 
 
 def test_a_trailing_candidate_stops_once_it_has_an_interval() -> None:
-    times = {"default": lambda: 1000.0, "behind": lambda: 1600.0}
-    samples = run(times, StoppingRule(10, 100, 9, trailing=1.5), dict.fromkeys(times, EXACT))
+    times = {"default": lambda: 1000.0, "behind": lambda: 1400.0}
+    samples = run(times, StoppingRule(10, 100, 9), dict.fromkeys(times, EXACT))
     assert len(samples["behind"]) == 6
 
 
