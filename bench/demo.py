@@ -43,7 +43,7 @@ def main() -> None:
 
     say(console, "1. profile every kernel that could serve the model's operators (resumes)")
     folder = PROFILE if options.config == CONFIG else HOME / "profile"
-    profile(options.config, folder, "--budget", "5m")
+    profile(options.config, folder, "--budget", "4m")
     say(console, "2. generate the dispatchers: error budgets 1e-5 and 1e-2")
     exact, bf16 = packages(folder, HOME / "out").values()
 

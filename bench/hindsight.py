@@ -111,7 +111,7 @@ def at_shapes(
         weighted = tuple(WeightedProblem(problem, 1.0) for problem in problems)
         parts.append(OperatorSweep(op=part.op, problems=weighted, candidates=inside, bins=_bins(part.op, problems)))
     # The smallest of several medians is all that is asked here, not an interval that excludes a tie.
-    measure = replace(sweep.measure, min_rounds=10, max_rounds=40, seconds=0.8, processes=2, held_out=False)
+    measure = replace(sweep.measure, min_rounds=10, max_rounds=40, seconds=0.8, processes=1, held_out=False)
     return replace(sweep, name=f"{sweep.name}_hindsight", operators=tuple(parts), measure=measure)
 
 

@@ -21,6 +21,7 @@ from dks.dispatch.evidence import Measurement
 from dks.dispatch.intervals import Interval
 from dks.dispatch.problem import Problem
 
+MOST = 0.8  # of the processes must find a challenger faster: all of up to four, all but one of up to nine
 FAR = 1.25
 """A lead beyond this is no tie, and its interval need not be computed: two processes that differ by 40 % would
 still leave it above 1."""
@@ -106,7 +107,7 @@ class _Bout:
         if measured < wanted:
             return f"not confirmed: measured in {measured} process{'es' * (measured != 1)}, expected {wanted}"
         faster = self._compared.faster_in(self._default, row)
-        return "" if faster == measured else f"faster in {faster} of {measured} processes only"
+        return "" if faster >= math.ceil(MOST * measured) else f"faster in {faster} of {measured} processes only"
 
     def _ratio(self, contender: Contender) -> Interval:
         return self._compared.ratio(self._default, contender.row)

@@ -204,6 +204,7 @@ class Measure:
         precision: timing stops when the half-width of the confidence interval of every ratio that matters
             is below this.
         processes: in how many processes, each with fresh memory, what is left of the candidates is timed.
+        max_processes: in how many at most where a choice is still in doubt.
         racing: false keeps every candidate to the end, for a run that is to be replayed.
         cache: state of caches while timing; see ``Measurement.cache``.
         held_out: whether a ragged shape inside each bin is measured too, by no rule of the table's.
@@ -220,6 +221,7 @@ class Measure:
     seconds: Annotated[float, _number(1e-3, 3600, "0.001 to 3600", whole=False)] = 1.0
     precision: Annotated[float, _number(1e-6, 1, "0.000001 to 1", whole=False)] = 0.02
     processes: Annotated[int, _number(1, 100, "1 to 100")] = 3
+    max_processes: Annotated[int, _number(1, 100, "1 to 100")] = 6
     racing: Flag = True
     cache: Annotated[str, _text("cold|warm|pipeline", "cold, warm or pipeline")] = "cold"
     held_out: Flag = True

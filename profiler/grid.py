@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dks.dispatch import pool
 from dks.dispatch.problem import Problem
 from dks.profiler.config import OperatorSweep
+
+MOST_EDGES = 2  # that splitting adds to a bin of the config
 
 Key = tuple[object, ...]
 """Operator, traits, static dims and alignment: what a problem has besides its dynamic sizes."""
@@ -38,13 +41,11 @@ class Grid:
         tie: dims that take the size of a free one.
     """
 
-    splits = 0
-    """Times that the sweep split bins of this grid."""
-
     def __init__(self, corners: Mapping[Problem, float], free: Iterable[str], tie: Mapping[str, str]) -> None:
         self._free, self._tie = tuple(free), dict(tie)
         self._corners = {problem: Asked(problem, "bin", weight) for problem, weight in corners.items()}
         self._edges = {d: sorted({problem.dim(d) for problem in corners}) for d in self._free}
+        self._given = {d: tuple(edges) for d, edges in self._edges.items()}
 
     def holds(self, problem: Problem) -> bool:
         """Whether a problem differs from these in dynamic sizes alone, and lies inside a bin."""
@@ -69,12 +70,25 @@ class Grid:
     def split(self, corner: Problem, inner: Problem) -> bool:
         """Make a new edge at ``inner``, inside the bin of ``corner``; False where the bin is as narrow as can be.
 
-        The dim whose bin is the widest, as a ratio, is split; every bin that has this edge is.
+        The dim whose bin is the widest, as a ratio, is split; every bin that has this edge is. A bin of the
+        config takes ``MOST_EDGES`` new ones, shared among its dims: what is ragged stays so however narrow.
         """
-        rooms = [d for d in self._free if inner.dim(d) < corner.dim(d)]
+        rooms = [d for d in self._free if self._may_split(d, inner.dim(d), corner.dim(d))]
         if not rooms:
             return False
-        dim = max(rooms, key=lambda d: corner.dim(d) / self._bounds(d, corner.dim(d))[0])
+        self._add(max(rooms, key=lambda d: corner.dim(d) / self._bounds(d, corner.dim(d))[0]), inner, corner)
+        return True
+
+    def _may_split(self, dim: str, edge: int, upper: int) -> bool:
+        if edge not in range(self._bounds(dim, upper)[0], upper):
+            return False
+        given = self._given[dim]
+        position = bisect_left(given, upper)
+        low = given[position - 1] if position else 0
+        added = sum(low < each < given[position] for each in self._edges[dim])
+        return added < max(1, MOST_EDGES // len(self._free))
+
+    def _add(self, dim: str, inner: Problem, corner: Problem) -> None:
         edge, upper = inner.dim(dim), corner.dim(dim)
         low = self._bounds(dim, upper)[0]
         share = (edge - low + 1) / (upper - low + 1)
@@ -83,7 +97,6 @@ class Grid:
             self._corners[new] = Asked(new, "split", old.weight * share)
             self._corners[old.problem] = Asked(old.problem, old.role, old.weight * (1 - share))
         self._edges[dim] = sorted({*self._edges[dim], edge})
-        return True
 
     def adopt(self, problem: Problem) -> None:
         """Split as an earlier session did: ``problem`` is a representative that it added."""
@@ -93,7 +106,7 @@ class Grid:
             if size not in self._edges[dim] and above:
                 corners = [a.problem for a in self._corners.values() if a.problem.dim(dim) == above[0]]
                 inner = {d: corners[0].dim(d) for d in self._free}
-                self.split(corners[0], self._at(corners[0], {**inner, dim: size}))
+                self._add(dim, self._at(corners[0], {**inner, dim: size}), corners[0])
 
     def _bounds(self, dim: str, edge: int) -> tuple[int, int]:
         position = self._edges[dim].index(edge)

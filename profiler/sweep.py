@@ -28,12 +28,11 @@ from dks.profiler.isolation import Lost, Process, Setting
 from dks.profiler.problems import Neighbours, kind_of
 from dks.profiler.splitting import wide_bins
 from dks.profiler.store import Store, opened
-from dks.profiler.timing import StoppingRule
+from dks.profiler.timing import StoppingRule, in_doubt
 
 STRIKES = 3  # problems that a candidate may crash or hang on before it is excluded from the others
 ATTEMPTS = 3  # checks of a candidate that may begin and never end, whatever ended the sweep, before it is excluded
 SCREENING_SHARE = 0.6  # of the time left, to screen problems; the rest confirms what screening leaves
-MAX_SPLITS = 3  # rounds of splitting: a bin is halved at most so often
 CLOSING_S = 0.02  # a problem, to put it into Parquet at the end: taken off the budget
 
 
@@ -200,9 +199,11 @@ class _Run:
 
     def wanted(self) -> set[Problem]:
         """Every problem that belongs to the sweep, with held-out shapes of bins that were split since."""
+        tasks = {task.problem for task in self._tasks}
+        if not self._sweep.measure.held_out:
+            return tasks
         known = {p for p in self._store.problems() if any(grid.holds(p) for _, grid in self._grids)}
-        kept = {p for p in known if self._store.role(p) == "held_out"} if self._sweep.measure.held_out else set()
-        return {task.problem for task in self._tasks} | kept
+        return tasks | {p for p in known if self._store.role(p) in ("", "held_out")}
 
     def go(self) -> None:
         """Pass after pass, until nothing is missing or time is up."""
@@ -216,14 +217,25 @@ class _Run:
         self.outcome.unfinished = [(t.problem.id, lack) for t in self._tasks if (lack := self._lack(t))]
         self.outcome.measured = len(self._touched)
         self.outcome.reused = max(0, total - len(self._touched & {t.problem for t in self._tasks}))
-        self.outcome.winnerless = [t.problem.id for t in self._tasks if self._winnerless(t)]
+        bins = [task for task in self._tasks if task.role != "held_out"]
+        self.outcome.winnerless = [task.problem.id for task in bins if self._winnerless(task)]
 
     def close(self) -> None:
         """End the process, and put all that is known into Parquet."""
         self._end_process()
-        for task in self._tasks:
+        for task in [*self._tasks, *self._outgrown()]:
             self._store.compact(task.problem, task.role, task.weight, task.candidates)
         self._store.retire_journal()
+
+    def _outgrown(self) -> list[Task]:
+        """Held-out shapes of bins that were split since: evidence as good as the others'."""
+        known = self.wanted() - {task.problem for task in self._tasks}
+        return [
+            Task(problem, "held_out", 0.0, part.candidates, Neighbours())
+            for problem in sorted(known, key=lambda each: each.id)
+            for part in self._sweep.operators
+            if part.op == problem.op
+        ]
 
     def _enumerate(self) -> list[Task]:
         found = []
@@ -246,7 +258,7 @@ class _Run:
         and confirming what was take turns: the heaviest traffic is screened first, for a share of the time that
         is left, and then what matters most is confirmed first.
         """
-        most = self._sweep.measure.processes + STRIKES
+        most = max(self._sweep.measure.processes, self._sweep.measure.max_processes) + STRIKES
         todo = [t for t in self._tasks if self._visits.get(t.problem, 0) < most and self._lack(t)]
         if self._deadline is None or not todo:
             return (todo, None) if todo else None
@@ -276,9 +288,15 @@ class _Run:
             return ""
         contenders = self._rule.contenders(findings.rounds, entrants(task.problem, names))
         # The default needs no confirmation where it has no rival left: nothing is chosen in its place.
-        wanted = self._sweep.measure.processes if len(contenders) > 1 else 1
+        settings = self._sweep.measure
+        wanted = settings.processes if len(contenders) > 1 else 1
         done = self._done(task, findings, names)
-        return "" if done >= wanted else f"timed in {done} of {wanted} processes"
+        if done < wanted:
+            return f"timed in {done} of {wanted} processes"
+        most = settings.max_processes
+        if 1 < wanted <= done < most and in_doubt(findings.rounds, contenders, task.default, settings.precision):
+            return f"in doubt after {done} processes, of at most {most}"
+        return ""
 
     def _done(self, task: Task, findings: Findings, names: list[str]) -> int:
         able = entrants(task.problem, names)
@@ -292,9 +310,10 @@ class _Run:
         return names if task.default in names else []
 
     def _matter(self, task: Task) -> float:
-        """Traffic weight x what is not known of the gain, in ns: the spread of the best rival's ratio."""
+        """Traffic weight x what is not known of the gain, in ns: the widest spread of a contender's ratio."""
         rounds = counted(self._store.findings(task.problem).rounds, 0)
         names = self._names(task)
+        names = self._rule.contenders(rounds, entrants(task.problem, names)) if names else []
         times = {n: {r.number: r.ns[n] for r in rounds if n in r.ns} for n in names}
         own = times.get(task.default)
         if not own:
@@ -467,21 +486,16 @@ class _Run:
     def _split(self) -> bool:
         """Split the bins that are too wide; whether there are any, and so more to measure."""
         limit = self._sweep.measure.split
-        if limit is None or not self._sweep.measure.held_out or len(self.outcome.split) > len(self._tasks):
+        if limit is None or not self._sweep.measure.held_out:
             return False
-        split = False
-        for _, grid in self._grids:
-            if grid.splits < MAX_SPLITS:
-                split |= self._split_grid(grid, limit)
+        split = [inner.id for _, grid in self._grids for inner in self._split_grid(grid, limit)]
+        self.outcome.split += split
         self._tasks = self._enumerate()
-        return split
+        return bool(split)
 
-    def _split_grid(self, grid: Grid, limit: float) -> bool:
+    def _split_grid(self, grid: Grid, limit: float) -> list[Problem]:
         wide = wide_bins(grid.held_out(), self._store.findings, limit)
-        done = [inner for inner, corner in wide if grid.split(corner, inner)]
-        self.outcome.split += [inner.id for inner in done]
-        grid.splits += bool(done)
-        return bool(done)
+        return [inner for inner, corner in wide if grid.split(corner, inner)]
 
 
 def _fatal(finding: Finding) -> bool:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
-from dks.dispatch.intervals import paired_ratio
-from dks.profiler.findings import Round, counted
+from dks.dispatch.intervals import block_ratio, paired_ratio
+from dks.profiler.findings import Round, counted, fastest
 
 LOOKS = (2, 4, 6)
 """Rounds after which candidates are compared, at first; then every ``LOOK`` rounds. Six are the fewest that give
@@ -19,7 +19,7 @@ a median an interval: before, only a candidate that is far behind in every round
 
 LOOK = 5
 
-FAR = 1.5
+FAR = 2.0
 """Before there is an interval: the fastest sample of a candidate that is dropped is this many times slower than
 the slowest of one that could serve in its stead."""
 
@@ -72,7 +72,7 @@ class StoppingRule:
     max_rounds: int = 100
     seconds: float = 1.0
     precision: float = 0.02
-    trailing: float = 1.2
+    trailing: float = 1.5
     racing: bool = True
 
     def contenders(self, rounds: Sequence[Round], entrants: Entrants) -> list[str]:
@@ -145,6 +145,24 @@ class StoppingRule:
 
 def _new(name: str, rounds: Sequence[Round]) -> bool:
     return sum(name in each.ns for each in rounds) < LOOKS[0]
+
+
+def in_doubt(rounds: Sequence[Round], names: Sequence[str], default: str, margin: float) -> bool:
+    """Whether more processes could change a choice: a contender's lead on the default, or the fastest one's lead on
+    a contender, is neither surely more than ``margin`` nor surely less."""
+    good = counted(rounds, 0)
+    best = fastest(names, default, good)
+    pairs = {(default, name) for name in names} | {(name, best) for name in names}
+    return any(_open(good, slow, fast, margin) for slow, fast in pairs if slow != fast)
+
+
+def _open(rounds: Sequence[Round], slow: str, fast: str, margin: float) -> bool:
+    processes: dict[int, list[tuple[float, float]]] = {}
+    for each in rounds:
+        if slow in each.ns and fast in each.ns:
+            processes.setdefault(each.process, []).append((each.ns[slow], each.ns[fast]))
+    lead = block_ratio(list(processes.values()))
+    return lead.low <= 1.0 + margin < lead.high
 
 
 class Sampler(Protocol):

@@ -47,6 +47,12 @@ def hang_with_children() -> None:
     hang()
 
 
+def hangs_in_bind(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+    """As a compiler does that never comes back."""
+    hang()
+    raise AssertionError
+
+
 def allocate() -> None:
     torch.empty(2**50, dtype=torch.uint8)
 
@@ -85,4 +91,5 @@ def kernel(name: str, bind: Callable[..., Run]) -> Kernel:
 
 KERNELS = [kernel(name, acting(act)) for name, act in FAULTS.items()]
 KERNELS.append(kernel("late_segfault", acting(FAULTS["segfault"], after=LATE)))
+KERNELS.append(kernel("hang_in_bind", hangs_in_bind))
 KERNELS.append(kernel("good", acting(lambda: None)))

@@ -88,12 +88,13 @@ def test_a_dying_kernel_is_named_with_its_reason(setting: Setting, name: str, st
     assert not marked()
 
 
-def test_a_hanging_kernel_is_killed_at_its_deadline_with_all_that_it_started(setting: Setting) -> None:
+@pytest.mark.parametrize("name", ["fault.hang_with_children", "fault.hang_in_bind"])
+def test_a_hanging_kernel_is_killed_at_its_deadline_with_all_that_it_started(setting: Setting, name: str) -> None:
     process = Process(0, Setting(1, 0, "cold", 3.0, setting.folder))
     began = time.monotonic()
     with pytest.raises(Lost) as lost:
-        process.check(PROBLEM, Candidate.parse("fault.hang_with_children"))
-    assert (lost.value.candidate, lost.value.status) == ("fault.hang_with_children", "timeout")
+        process.check(PROBLEM, Candidate.parse(name))
+    assert (lost.value.candidate, lost.value.status) == (name, "timeout")
     assert time.monotonic() - began < 15
     assert not marked()
 
