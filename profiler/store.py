@@ -302,7 +302,11 @@ def _claim(folder: Path, config: str, environment: Environment, settings: Mappin
         theirs = Environment.from_dict(held["environment"])
         other, earlier = held["config"], dict(held["settings"])
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BadInput(f"{path}: {error}; use --fresh, or measure into another -o RUN_DIR") from None
+        said = f"found no {error} in it" if isinstance(error, KeyError) else f"found {error}"
+        raise BadInput(
+            f"{path}: {said}, expected the description of a run by this version; use --fresh to drop what is "
+            "there, or measure into another -o RUN_DIR"
+        ) from None
     if other != config:
         raise BadInput(
             f"{folder}: found results of config {other!r}, expected {config!r}: they would end in one "

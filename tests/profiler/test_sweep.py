@@ -458,3 +458,13 @@ def test_a_wall_clock_that_steps_changes_nothing(
     monkeypatch.setattr(time, "time", stepping)
     monkeypatch.setattr(time, "time_ns", stepping)
     assert sweep(config, folder, budget_s=100.0).measured == PROBLEMS
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [('{"config": "small"}', "found no 'environment'"), ("{", "found Expecting")]
+)
+def test_a_run_of_another_version_is_refused_by_name(config: Path, folder: Path, text: str, said: str) -> None:
+    sweep(config, folder)
+    (folder / RUN_FILE).write_text(text)
+    with pytest.raises(BadInput, match=f"{said}.*--fresh"):
+        sweep(config, folder)
