@@ -32,6 +32,7 @@ NO_SHAPES = "the run has no held-out shapes"
 NO_JOULES = "the objective is energy: joules come one a candidate, and the certificate compares round by round"
 DRAWS = 2000  # of the bootstrap; the ends of a 95 % interval are then good to a few hundredths of its width
 FEWEST_SHAPES = 6  # that give a mean an interval, as with the pairs of a ratio
+AT_SIGHT = 1.5  # a lead in every one of few pairs that is no accident
 NAMED = 5  # worst shapes that a refusal names
 
 
@@ -232,7 +233,10 @@ def _split(chosen: Measurement, row: Measurement) -> _Halves | None:
     if min(_count(odd), _count(even)) >= FEWEST_CLEAN:
         return _Halves(odd, even, True)
     every = paired(chosen, row)
-    return _Halves(every, every, False) if _count(every) >= FEWEST_CLEAN else None
+    pairs = [theirs / ours for process in every for theirs, ours in process]
+    # Racing drops at sight what is far behind: two pairs that agree on that are worth a regret.
+    at_sight = len(pairs) >= 2 and min(pairs) > AT_SIGHT
+    return _Halves(every, every, False) if len(pairs) >= FEWEST_CLEAN or at_sight else None
 
 
 def _half(row: Measurement, parity: int) -> Measurement:
@@ -307,6 +311,13 @@ def check_regret(certificate: Certificate, limit: float | None) -> None:
         raise BadInput(
             f"certificate: found none ({certificate.note}), expected one to hold to a regret of {limit:g}; measure "
             "held-out shapes with dks-profile run, or build without --max-regret"
+        )
+    blind = [shape for shape in certificate.shapes if shape.regret is None]
+    if len(blind) > limit * len(certificate.shapes):
+        raise BadInput(
+            f"certificate: found {len(blind)} of {len(certificate.shapes)} held-out shapes and forms that can't be "
+            f"judged ({blind[0].problem} {blind[0].form}: {blind[0].note}), expected at most {percent(limit)} of "
+            "them; run dks-profile run again without a budget, or build without --max-regret"
         )
     if certificate.overall.p95 > limit:
         beyond = sorted((s for s in certificate.shapes if _regret(s) > limit), key=_regret, reverse=True)

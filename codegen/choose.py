@@ -1,8 +1,8 @@
 """The choice of one bin. A pure function of its measurements.
 
 A challenger replaces the framework's own kernel only where it is inside the error budget, its ratio's
-confidence interval lies above a tie, it saves more than dispatching costs, and every process that measured it
-confirms it. Ties go to the default, then to the simplest kernel.
+confidence interval lies above a tie, it saves more than dispatching costs, and four of five processes that
+measured it confirm it. Ties go to the default, then to the simplest kernel.
 """
 
 from __future__ import annotations

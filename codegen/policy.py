@@ -30,7 +30,7 @@ class Policy:
             where the few processes of a sweep show none; those of throughput and energy do not include it.
         max_form_bytes: largest packed form of one weight, in bytes; None is no limit.
         min_processes: a challenger must have been measured beside the default in at least so many processes,
-            and be faster in every one of them: what one process likes may be its own luck with memory.
+            and be faster in four of five of them: what one process likes may be its own luck with memory.
         require_stable: only kernels that gave the same bits each time may challenge.
         max_regret: largest 95th percentile of the regret over held-out shapes with which a package is built,
             as a share of the best time; None builds with any. See ``dks.codegen.certificate``.

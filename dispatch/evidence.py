@@ -128,15 +128,19 @@ def clean_samples(row: Measurement) -> list[int]:
 def paired(peer: Measurement, ours: Measurement) -> list[list[tuple[int, int]]]:
     """(peer's, ours) nanoseconds of the rounds both took part in, one list a process, in the order of rounds.
 
-    Rounds under interference are left out where six others are left.
+    Rounds under interference are left out in each process that has six others.
     """
     theirs = dict(zip(peer.rounds, peer.samples_ns, strict=True))
-    shared = [sample for sample in _samples(ours) if sample[0] in theirs]
-    clean = [sample for sample in shared if not sample[3]]
-    by_process: dict[int, list[tuple[int, int]]] = {}
-    for number, ns, process, _ in sorted(clean if len(clean) >= FEWEST_CLEAN else shared):
-        by_process.setdefault(process, []).append((theirs[number], ns))
-    return list(by_process.values())
+    shared: dict[int, list[tuple[int, int, bool]]] = {}
+    for number, ns, process, disturbed in sorted(_samples(ours)):
+        if number in theirs:
+            shared.setdefault(process, []).append((theirs[number], ns, disturbed))
+    found = []
+    for rounds in shared.values():
+        clean = [pair for *pair, disturbed in rounds if not disturbed]
+        kept = clean if len(clean) >= FEWEST_CLEAN else [pair for *pair, _ in rounds]
+        found.append([(slow, fast) for slow, fast in kept])
+    return found
 
 
 def _samples(row: Measurement) -> Iterable[tuple[int, int, int, bool]]:
@@ -266,12 +270,33 @@ def read_run(folder: Path) -> list[Measurement]:
     if not folder.is_dir():
         raise BadInput(f"{folder}: found no such directory, expected a RUN_DIR of dks-profile run")
     paths = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith(("_", ".")))
+    _refuse_unfinished(folder)
     if not paths:
         raise BadInput(
             f"{folder}: found no measurements, expected the Parquet files of a sweep; "
             f"run: dks-profile run CONFIG -o {folder}"
         )
     return [row for path in paths for row in read_rows(path)]
+
+
+JOURNAL = "_journal"
+"""What a sweep has acknowledged and not yet put into Parquet, in a run directory."""
+
+
+_MEASURED = (b'"do":"found"', b'"do":"rounds"', b'"do":"reset"')
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Refuse a directory whose journal knows more than its Parquet files: a sweep is at work, or was killed."""
+    try:
+        text = (folder / JOURNAL).read_bytes()
+    except OSError:
+        return
+    if any(kind in line for line in text.splitlines() for kind in _MEASURED):
+        raise BadInput(
+            f"{folder}: found measurements in its journal that are not in Parquet yet, expected a sweep that came "
+            "to its end; run dks-profile run again, which keeps them and goes on"
+        )
 
 
 def _check_schema(path: Path, schema: pa.Schema) -> None:

@@ -6,6 +6,7 @@ This runs in a worker process. What a kernel does to the process is the business
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from dks.profiler.counters import EnergyMeter, peak_memory
 from dks.profiler.findings import Finding, Round, rounds_from_json, rounds_to_json
 from dks.profiler.interference import Watch, default_sources
 from dks.profiler.timing import Entrants, ImpossibleTime, StoppingRule, race
+from dks.profiler.trial import describe, is_out_of_memory
 
 MAX_COPIES = 8
 ENERGY_S = 0.3  # of repeated calls, for one reading of an energy counter
@@ -116,11 +118,15 @@ class Bench:
             energy_note=self._energy.unavailable() or "measured after timing, of finalists alone",
             digest=source_digest(pool.kernels()[candidate.kernel]),
         )
+        finding.errors = {name: error for name, error in finding.errors.items() if math.isfinite(error)}
         if verdict.status == "ok":
             inputs = self._inputs(problem, 0)
             self._hold_weights(problem, inputs)
-            run = self._bind(problem, candidate)[0].run
-            _, finding.peak_bytes, finding.peak_note = peak_memory(lambda: run(*inputs.dynamic))
+            try:
+                run = self._bind(problem, candidate)[0].run
+                _, finding.peak_bytes, finding.peak_note = peak_memory(lambda: run(*inputs.dynamic))
+            except Exception as error:  # a kernel may raise anything
+                finding.status, finding.reason = raised(error), describe(error)
         return finding, verdict.poisoned
 
     def time(self, job: Job) -> Iterator[list[Round] | tuple[str, Finding]]:
@@ -129,9 +135,18 @@ class Bench:
         The kernels must have passed ``check`` here or in another process.
         """
         problem = job.problem
+        # Another order in each process: what stands beside a candidate is not the same twice.
+        self._rng = random.Random(f"{self._seed} {job.process} {problem.id}")
         inputs = self._inputs(problem, 0)
         self._hold_weights(problem, inputs)
-        kernels = _Kernels(self, job, inputs)
+        try:
+            kernels = _Kernels(self, job, inputs)
+        except RaisedByKernel as error:
+            yield (
+                error.name,
+                Finding(raised(error.error), f"while it was bound to be timed: {describe(error.error)}"),
+            )
+            return
         rounds = list(job.rounds)
         names = job.names
 
@@ -145,10 +160,14 @@ class Bench:
         except ImpossibleTime as error:
             yield impossible(error)
             return
+        except RaisedByKernel as error:
+            yield error.name, Finding(raised(error.error), f"while it was timed: {describe(error.error)}")
+            return
         finally:
             gc.enable()
         # Who was dropped on the way was checked before, and something else is chosen in its stead.
-        for name in rounds[-1].ns if rounds and job.recheck else ():
+        new = len(rounds) > len(job.rounds)
+        for name in [name for name in rounds[-1].ns if name in names] if new and job.recheck else ():
             self._in_flight(name)
             bound = self._bound[name][0]
             candidate = Candidate.parse(name)
@@ -193,6 +212,14 @@ class Bench:
         return bound
 
 
+class RaisedByKernel(Exception):
+    """A candidate that was right when it was checked raised where it was to be timed."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(f"{name}: {error}")
+        self.name, self.error = name, error
+
+
 class _Kernels:
     """The sampler of one job: real calls, in the declared state of caches."""
 
@@ -211,9 +238,12 @@ class _Kernels:
         self._turn = 0
         for name in job.names:
             self._in_flight(name)
-            self._runs[name] = [bound.run for bound in bench._bind(job.problem, Candidate.parse(name))]
-            for run in self._runs[name]:  # the first call on a fresh copy pays for more than its weights
-                run(*self.inputs[0])
+            try:
+                self._runs[name] = [bound.run for bound in bench._bind(job.problem, Candidate.parse(name))]
+                for run in self._runs[name]:  # the first call on a fresh copy pays for more than its weights
+                    run(*self.inputs[0])
+            except Exception as error:  # a kernel may raise anything
+                raise RaisedByKernel(name, error) from error
         self._in_flight("")
 
     def round(self, names: Sequence[str]) -> dict[str, int]:
@@ -231,7 +261,10 @@ class _Kernels:
         _touch(dynamic, self._turn)
         if self._flush:
             self._bench._scratch.fill_(self._turn & 127)
-        ns = self._neighbours.timed(run, dynamic)
+        try:
+            ns = self._neighbours.timed(run, dynamic)
+        except Exception as error:
+            raise RaisedByKernel(name, error) from error
         self._in_flight("")
         return ns
 
@@ -282,6 +315,11 @@ def _fed(dynamic: tuple[Any, ...], flowing: torch.Tensor | None) -> tuple[Any, .
     if flowing is None or flowing.numel() != first.numel() or flowing.dtype != first.dtype:
         return dynamic
     return (flowing.reshape(first.shape), *dynamic[1:])
+
+
+def raised(error: Exception) -> str:
+    """The status of a candidate that raised."""
+    return "out_of_memory" if is_out_of_memory(error) else "failed"
 
 
 def impossible(error: ImpossibleTime) -> tuple[str, Finding]:

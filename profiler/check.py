@@ -191,9 +191,10 @@ class Checker:
         # What outliers cost a kernel that quantises is recorded; whether that is too much, a policy says.
         quantises = kernel.precision[problem.trait("dtype")] in (Precision.INT8, Precision.INT4)
         y = trial.call(outliers, outliers.draws[0], judge=not quantises)
-        errors["outliers"] = relative_error(y, outliers.draws[0].reference)
-        if not math.isfinite(errors["outliers"]):
+        found = relative_error(y, outliers.draws[0].reference)
+        if not math.isfinite(found):
             raise Rejected("wrong_result", "not finite on data with outliers")
+        errors["outliers"] = found
         trial.settle()
         trial.finish()
         return stable

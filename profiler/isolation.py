@@ -48,6 +48,10 @@ class Lost(Exception):
         self.candidate, self.status, self.reason = candidate, status, reason
 
 
+class OutOfTime(Exception):
+    """The sweep's time is up while a candidate is at work: nothing is known of it, and its process is gone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What every worker of a sweep is told.
@@ -70,6 +74,8 @@ class Setting:
 class Process:
     """One worker process, alone in its process group.
 
+    ``hard_stop`` is when it is killed whatever it does, as of ``time.monotonic``; its methods then raise OutOfTime.
+
     Args:
         number: unique in the run directory; stored with every sample.
 
@@ -80,6 +86,7 @@ class Process:
     def __init__(self, number: int, setting: Setting) -> None:
         self.number = number
         self.busy_s = 0.0
+        self.hard_stop: float | None = None
         self._setting = setting
         self._buffer = b""
         self._mark = uuid.uuid4().hex
@@ -104,6 +111,7 @@ class Process:
         try:
             setup = {"threads": setting.threads, "seed": setting.seed, "cache": setting.cache}
             list(self._ask({"do": "begin", **setup}, START_S))
+            self.busy_s = 0.0  # starting is what isolation costs
         except Lost as lost:
             self.close()
             raise BadInput(
@@ -166,11 +174,15 @@ class Process:
 
     def _line(self, timeout_s: float) -> bytes:
         deadline = time.monotonic() + timeout_s
+        if self.hard_stop is not None:
+            deadline = min(deadline, max(self.hard_stop, time.monotonic()))
         while b"\n" not in self._buffer:
             ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 candidate = self._in_flight()
                 self.close()
+                if self.hard_stop is not None and time.monotonic() >= self.hard_stop:
+                    raise OutOfTime
                 raise Lost(candidate, "timeout", f"nothing came for {timeout_s:g} s; its process group was killed")
             data = os.read(self._answers, 1 << 20)
             if not data:

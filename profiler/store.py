@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
-from dks.dispatch.evidence import Measurement, is_ours, read_rows, write_rows
+from dks.dispatch.evidence import JOURNAL, Measurement, is_ours, read_rows, sync_folder, write_rows
 from dks.dispatch.kernel import source_digest
 from dks.dispatch.problem import Candidate, Problem
 from dks.profiler import journal
@@ -34,7 +35,6 @@ from dks.profiler.findings import (
 
 RUN_FILE = "_run.json"
 LOCK_FILE = "_lock"
-JOURNAL = "_journal"
 
 
 @contextmanager
@@ -83,7 +83,9 @@ class Store:
         self._dirty: set[str] = set()
         self._digests = {id: source_digest(kernel) for id, kernel in pool.kernels().items()}
         self._load()
-        self._drop_changed_kernels()
+        if self._drop_changed_kernels():
+            # Before anything new is measured: a kill must not leave new findings beside old times.
+            journal.replace(folder / JOURNAL, self._dump())
         self._writer = journal.Writer(folder / JOURNAL)
 
     def findings(self, problem: Problem) -> Findings:
@@ -120,6 +122,16 @@ class Store:
         """Note, before a candidate is tried, that it is. Raises OSError."""
         self._writer.append({"do": "attempt", "problem": problem.id, "candidate": candidate})
         self.attempts[problem.id, candidate] = self.attempts.get((problem.id, candidate), 0) + 1
+
+    def withdraw(self, problem: Problem, candidate: str) -> None:
+        """Take an attempt back that the sweep itself broke off. Raises OSError."""
+        self._writer.append({"do": "withdraw", "problem": problem.id, "candidate": candidate})
+        self._withdraw((problem.id, candidate))
+
+    def _withdraw(self, key: tuple[str, str]) -> None:
+        left = self.attempts.pop(key, 0) - 1
+        if left > 0:
+            self.attempts[key] = left
 
     def found(self, problem: Problem, candidate: str, finding: Finding) -> None:
         """Keep a finding; it is on the disk when this returns. Raises OSError."""
@@ -171,6 +183,13 @@ class Store:
         names = {self.path(problem).name for problem in wanted}
         stale = [p for p in sorted(self.folder.glob("*.parquet")) if p.name not in names and p.name[0] != "_"]
         return [path.rename(path.with_name(f"_stale-{path.name}")).name for path in stale if is_ours(path)]
+
+    def give_up(self, wanted: set[Problem]) -> None:
+        """Leave out of the journal what it holds of problems outside ``wanted``. Raises OSError."""
+        ids = {problem.id for problem in wanted}
+        if self._dirty - ids:
+            self._dirty &= ids
+            self.retire_journal()
 
     def path(self, problem: Problem) -> Path:
         """The problem's Parquet file."""
@@ -224,20 +243,39 @@ class Store:
             self.findings(problem).add(rounds_from_json(record["rounds"]))
             self._dirty.add(problem.id)
             return
+        if record["do"] == "reset":
+            self._findings[problem.id] = Findings()
+            self._dirty.add(problem.id)
+            return
         key = (problem.id, record["candidate"])
         if record["do"] == "attempt":
             self.attempts[key] = self.attempts.get(key, 0) + 1
+        elif record["do"] == "withdraw":
+            self._withdraw(key)
         else:
             self.attempts.pop(key, None)
             self.findings(problem).found[key[1]] = Finding(**record["finding"])
             self._dirty.add(problem.id)
 
-    def _drop_changed_kernels(self) -> None:
-        """Forget, one by one, what was measured of a kernel whose source is another one now."""
+    def _dump(self) -> Iterator[Mapping[str, Any]]:
+        """Records that make what Parquet does not hold, whatever it holds."""
+        for (problem, candidate), count in self.attempts.items():
+            for _ in range(count):
+                yield {"do": "attempt", "problem": problem, "candidate": candidate}
+        for id in sorted(self._dirty & self._findings.keys()):
+            yield {"do": "reset", "problem": id}
+            for name, finding in self._findings[id].found.items():
+                fields = dataclasses.asdict(finding)
+                yield {"do": "found", "problem": id, "candidate": name, "finding": fields}
+            yield {"do": "rounds", "problem": id, "rounds": rounds_to_json(self._findings[id].rounds)}
+
+    def _drop_changed_kernels(self) -> bool:
+        """Forget, one by one, what was measured of a kernel whose source is another one now; whether any was."""
         dropped: dict[str, int] = {}
         gone = [id for id in self._findings if Problem.parse(id).op not in pool.operators()]
         for id in gone:
             del self._findings[id]
+            self._dirty.discard(id)
         for id, findings in self._findings.items():
             default = pool.operator(Problem.parse(id).op).default
             for name, finding in list(findings.found.items()):
@@ -250,6 +288,7 @@ class Store:
             self.notes.append(
                 f"new session: the source of {kernel} changed; its {count} results are measured again"
             )
+        return bool(dropped)
 
 
 def _named_by_us(path: Path) -> bool:
@@ -328,8 +367,12 @@ def _claim(folder: Path, config: str, environment: Environment, settings: Mappin
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
     partial = path.with_name(f"_partial-{path.name}")
-    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(data, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+    sync_folder(path.parent)
 
 
 def _forget(folder: Path) -> None:

@@ -8,6 +8,7 @@ holds, so a sweep that was killed goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from dks.profiler.config import Sweep
 from dks.profiler.counters import EnergyMeter
 from dks.profiler.findings import FAULTS, Finding, Findings, Round, counted
 from dks.profiler.grid import Asked, Grid, grids
-from dks.profiler.isolation import Lost, Process, Setting
+from dks.profiler.isolation import Lost, OutOfTime, Process, Setting
 from dks.profiler.problems import Neighbours, kind_of
 from dks.profiler.splitting import wide_bins
 from dks.profiler.store import Store, opened
@@ -33,6 +34,7 @@ from dks.profiler.timing import StoppingRule, in_doubt
 STRIKES = 3  # problems that a candidate may crash or hang on before it is excluded from the others
 ATTEMPTS = 3  # checks of a candidate that may begin and never end, whatever ended the sweep, before it is excluded
 SCREENING_SHARE = 0.6  # of the time left, to screen problems; the rest confirms what screening leaves
+GRACE = 0.05  # of a budget: whatever runs longer than it is killed, and nothing is held against it
 CLOSING_S = 0.02  # a problem, to put it into Parquet at the end: taken off the budget
 
 
@@ -41,6 +43,7 @@ class Measurer(Protocol):
 
     number: int
     busy_s: float
+    hard_stop: float | None
 
     def check(self, problem: Problem, candidate: Candidate) -> tuple[Finding, bool]:
         """As ``Bench.check``. Raises Lost."""
@@ -144,20 +147,38 @@ def run_sweep(
     environment = Environment.current(sweep.device)
     if sweep.threads is not None:  # of the workers: no kernel runs in this process
         environment = replace(environment, threads=str(sweep.threads))
-    settings = {"cache": sweep.measure.cache, "seed": sweep.measure.seed}
+    settings = {"cache": sweep.measure.cache, "seed": sweep.measure.seed, "neighbours": _neighbours_digest(sweep)}
     with opened(folder, sweep.name, environment, settings, fresh=fresh) as store:
         setting = Setting(sweep.threads, sweep.measure.seed, sweep.measure.cache, sweep.measure.timeout, folder)
         deadline = None if budget_s is None else began + budget_s
-        run = _Run(sweep, store, lambda number: start(number, setting), deadline, notify)
+
+        def begin(number: int) -> Measurer:
+            process = start(number, setting)
+            process.hard_stop = None if budget_s is None else began + budget_s * (1 + GRACE)
+            return process
+
+        run = _Run(sweep, store, begin, deadline, notify)
         try:
             run.go()
         finally:
             run.close()
         if whole is not None:
-            run.outcome.stale = store.set_aside(run.wanted() | _rest(sweep, whole, store))
+            wanted = run.wanted() | _rest(sweep, whole, store)
+            run.outcome.stale = store.set_aside(wanted)
+            store.give_up(wanted)
         run.outcome.seconds = time.monotonic() - began
         run.outcome.idle_s = run.outcome.seconds - run.busy_s
         return run.outcome
+
+
+def _neighbours_digest(sweep: Sweep) -> str:
+    """What else the times of the pipeline state depend on; empty in the other states."""
+    if sweep.measure.cache != "pipeline":
+        return ""
+    around = [
+        sorted((repr(kind), repr(found)) for kind, found in part.neighbours.items()) for part in sweep.operators
+    ]
+    return hashlib.sha256(repr(around).encode()).hexdigest()[:16]
 
 
 def _rest(sweep: Sweep, whole: Sweep, store: Store) -> set[Problem]:
@@ -342,8 +363,12 @@ class _Run:
                 return
             self._touched.add(task.problem)
             self._visits[task.problem] = self._visits.get(task.problem, 0) + 1
-            if self._check(task):
-                self._time(task, self._until(todo[done - 1 :], end))
+            try:
+                if self._check(task):
+                    self._time(task, self._until(todo[done - 1 :], end))
+            except OutOfTime:
+                self._end_process()
+                return
             number = self._process.number if self._process else self._next
             self._notify(Event(done, len(todo), number, task.problem, self._headline(task)))
 
@@ -398,9 +423,13 @@ class _Run:
     def _try(self, task: Task, candidate: Candidate) -> Finding:
         finding = Finding()
         for _ in range(2):
+            worker = self._worker()  # one that does not start is no attempt
             self._store.attempt(task.problem, candidate.id)
             try:
-                finding, poisoned = self._worker().check(task.problem, candidate)
+                finding, poisoned = worker.check(task.problem, candidate)
+            except OutOfTime:
+                self._store.withdraw(task.problem, candidate.id)
+                raise
             except Lost as lost:
                 self._end_process()
                 finding, poisoned = Finding(lost.status, lost.reason), False

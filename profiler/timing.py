@@ -86,9 +86,10 @@ class StoppingRule:
         if not self.racing or not rounds:
             return list(entrants.names)
         names, default = entrants.names, entrants.default
-        last = rounds[-1].ns
-        active = [n for n in names if n == default or n in last or _new(n, rounds)]
         good = counted(rounds, self.min_rounds)
+        # Who was dropped while a window was disturbed, is not: that window no longer counts.
+        last = (good or rounds)[-1].ns
+        active = [n for n in names if n == default or n in last or _new(n, rounds)]
         if not self._is_look(len(good)):
             return active
         samples = {name: {r.number: r.ns[name] for r in good if name in r.ns} for name in active}

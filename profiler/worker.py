@@ -65,6 +65,7 @@ class Worker:
         elif request["do"] == "joules":
             self.in_flight(request["candidate"])
             joules, why = self._bench.joules(Problem.parse(request["problem"]), request["candidate"])
+            self.in_flight("")
             yield {"done": True, "joules": joules, "note": why}
         else:
             yield from self._time(Job.from_json(request["job"]))

@@ -125,7 +125,16 @@ def test_few_rounds_are_not_split_and_fewer_are_not_judged() -> None:
 def test_a_rival_that_stopped_early_counts_only_if_it_was_ahead() -> None:
     times = {"torch.linear": [90] * 20, "torch.addmm": [55] * 20}
     assert prepared(judged(bin_rows() + held_out(12, {**times, PACKED: [80] * 4}))) == [0.0]
-    assert prepared(judged(bin_rows() + held_out(12, {**times, PACKED: [20] * 4}))) == [None]
+    # A little ahead in a few rounds says nothing, and nothing is claimed; far ahead in each is a regret.
+    assert prepared(judged(bin_rows() + held_out(12, {**times, PACKED: [45] * 4}))) == [None]
+    assert prepared(judged(bin_rows() + held_out(12, {**times, PACKED: [20] * 4}))) == [1.75]
+
+
+def test_a_table_of_shapes_that_cannot_be_judged_is_refused() -> None:
+    times = {"torch.linear": [90] * 20, "torch.addmm": [55] * 20, PACKED: [45] * 4}
+    found = judged(bin_rows() + held_out(12, times))
+    with pytest.raises(BadInput, match="can't be judged"):
+        check_regret(found, 0.05)
 
 
 def test_a_choice_that_was_not_timed_there_is_not_judged() -> None:

@@ -62,6 +62,7 @@ class FakeProcess:
 
     def __init__(self, machine: FakeMachine, number: int) -> None:
         self.machine, self.number, self.busy_s = machine, number, 0.0
+        self.hard_stop: float | None = None
         self.rng = random.Random(f"{machine.seed} {number}")
 
     def check(self, problem: Problem, candidate: Candidate) -> tuple[Finding, bool]:

@@ -13,7 +13,7 @@ import pytest
 from dks.dispatch import pool
 from dks.dispatch.problem import Candidate, Problem
 from dks.profiler.bench import Job
-from dks.profiler.isolation import MARK, Lost, Process, Setting
+from dks.profiler.isolation import MARK, Lost, OutOfTime, Process, Setting
 from dks.profiler.timing import StoppingRule
 
 PROBLEM = Problem.of("linear", {"dtype": "float32", "bias": "yes", "epilogue": "none"}, {"m": 8, "n": 64, "k": 64})
@@ -131,3 +131,19 @@ def test_a_worker_dies_with_the_process_that_started_it(setting: Setting) -> Non
             return
         time.sleep(0.1)
     pytest.fail("the worker outlived its parent")
+
+
+def test_at_the_hard_stop_a_process_is_gone_and_nobody_is_blamed(setting: Setting) -> None:
+    process = Process(0, setting)
+    process.hard_stop = time.monotonic() + 1.0
+    with pytest.raises(OutOfTime):
+        process.check(PROBLEM, Candidate.parse("fault.hang"))
+    assert not marked()
+
+
+def test_what_raises_only_when_it_is_timed_is_a_status_of_its_own(setting: Setting) -> None:
+    process = Process(0, setting)
+    found = dict(each for each in process.time(job("fault.memory")) if isinstance(each, tuple))
+    assert found["fault.memory"].status == "out_of_memory"
+    assert process.check(PROBLEM, Candidate.parse("torch.linear"))[0].status == "ok", "the process lives on"
+    process.close()

@@ -19,7 +19,7 @@ from dks.profiler import store as store_module
 from dks.profiler import sweep as sweep_module
 from dks.profiler.config import load
 from dks.profiler.findings import Finding
-from dks.profiler.isolation import Lost
+from dks.profiler.isolation import Lost, OutOfTime
 from dks.profiler.store import JOURNAL, RUN_FILE
 from dks.profiler.sweep import ATTEMPTS, Event, Outcome, run_sweep
 from tests.profiler.fakes import FakeMachine, by_rank
@@ -468,3 +468,37 @@ def test_a_run_of_another_version_is_refused_by_name(config: Path, folder: Path,
     (folder / RUN_FILE).write_text(text)
     with pytest.raises(BadInput, match=f"{said}.*--fresh"):
         sweep(config, folder)
+
+
+@pytest.mark.parametrize("changed", ["torch.linear_inplace", "torch.linear"])
+def test_a_kill_after_a_source_changed_leaves_no_old_time_under_the_new_source(
+    config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    sweep(config, folder, FakeMachine(lambda problem, name: 1e6))
+    real = store_module.source_digest
+    monkeypatch.setattr(store_module, "source_digest", lambda k: "another" if k.id == changed else real(k))
+    with monkeypatch.context() as killed:
+        killed.setattr(sweep_module._Run, "close", lambda self: self._end_process())
+        sweep(config, folder, FakeMachine(lambda problem, name: 1e5))
+    with pytest.raises(BadInput, match=r"not in Parquet yet.*run dks-profile run again"):
+        read_run(folder)
+    sweep(config, folder, FakeMachine(lambda problem, name: 1e5))
+    rows = [row for row in read_run(folder) if row.candidate == changed and row.status == "ok"]
+    assert rows and all(row.kernel_digest == "another" for row in rows)
+    assert all(ns < 5e5 for row in rows for ns in row.samples_ns)
+
+
+def test_what_hangs_when_the_time_is_up_is_unfinished_and_no_fault(config: Path, folder: Path) -> None:
+    class Hanging(FakeMachine):
+        def start(self, number: int, setting: object) -> object:  # type: ignore[override]
+            process = super().start(number, setting)  # type: ignore[arg-type]
+
+            def check(problem: Problem, candidate: object) -> object:
+                assert process.hard_stop is not None
+                raise OutOfTime
+
+            process.check = check  # type: ignore[method-assign,assignment]
+            return process
+
+    outcome = sweep(config, folder, Hanging(), budget_s=0.3)
+    assert len(outcome.unfinished) == PROBLEMS and not list(folder.glob("*.parquet"))
