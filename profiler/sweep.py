@@ -228,7 +228,6 @@ class _Run:
 
     def go(self) -> None:
         """Pass after pass, until nothing is missing or time is up."""
-        total = len(self._tasks)
         while not self._late():
             todo = self._todo()
             if todo:
@@ -236,8 +235,11 @@ class _Run:
             elif not self._split():
                 break
         self.outcome.unfinished = [(t.problem.id, lack) for t in self._tasks if (lack := self._lack(t))]
+        lacking = {id for id, _ in self.outcome.unfinished}
         self.outcome.measured = len(self._touched)
-        self.outcome.reused = max(0, total - len(self._touched & {t.problem for t in self._tasks}))
+        self.outcome.reused = sum(
+            task.problem not in self._touched and task.problem.id not in lacking for task in self._tasks
+        )
         bins = [task for task in self._tasks if task.role != "held_out"]
         self.outcome.winnerless = [task.problem.id for task in bins if self._winnerless(task)]
 

@@ -209,7 +209,7 @@ def test_fresh_forgets(config: Path, folder: Path) -> None:
 
 def test_a_budget_of_nothing_lists_what_is_unfinished(config: Path, folder: Path) -> None:
     outcome = sweep(config, folder, budget_s=0.0)
-    assert outcome.measured == 0 and len(outcome.unfinished) == PROBLEMS
+    assert (outcome.measured, outcome.reused, len(outcome.unfinished)) == (0, 0, PROBLEMS)
     assert {lack for _, lack in outcome.unfinished} == {"not measured"}
 
 
