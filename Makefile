@@ -24,7 +24,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt scripts/setup.sh
 test: setup ## run the tests (no GPU, under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q
 
-soak: setup ## the long forms of the tests: a thousand kills, every kernel on a wide grid (about 15 minutes)
+soak: setup ## the long forms of the tests: a thousand kills, every kernel on a wide grid
 	DKS_SOAK=1 $(BIN)/python -m pytest -q -s tests/profiler/test_kills.py tests/profiler/test_check.py
 
 lint: setup ## ruff and mypy
