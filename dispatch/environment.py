@@ -52,7 +52,7 @@ class Environment:
         if device != "cpu":
             raise ValueError(f"device: found {device!r}, expected 'cpu' (GPU environments come later)")
         info = _cpuinfo()
-        flags = set(info.get("flags", info.get("Features", "")).split())
+        flags = cpu_flags()
         return cls(
             device="cpu",
             arch=_cpu_arch(info),
@@ -111,6 +111,12 @@ def _cpuinfo() -> dict[str, str]:
         return {}
     first = text.split("\n\n", 1)[0]
     return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first.splitlines())}
+
+
+def cpu_flags() -> frozenset[str]:
+    """Features of this CPU, as /proc/cpuinfo names them; empty where it can't be read."""
+    info = _cpuinfo()
+    return frozenset(info.get("flags", info.get("Features", "")).split())
 
 
 def _cpu_arch(info: Mapping[str, str]) -> str:

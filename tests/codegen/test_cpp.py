@@ -19,6 +19,7 @@ import pytest
 
 import dks.dispatch
 from dks.codegen import compile as compiling
+from dks.dispatch import compiler
 from dks.codegen.compile import BINARY, compile_extension
 from dks.codegen.cpp import render_header
 from dks.codegen.templating import cstring
@@ -281,7 +282,7 @@ def test_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "table.hpp").write_text("#error spilled ink\n")
     reason = compile_extension(tmp_path, "0").reason
     assert "spilled ink" in reason and str(tmp_path) not in reason
-    monkeypatch.setattr(compiling, "TIMEOUT", 0.0)
+    monkeypatch.setattr(compiler, "TIMEOUT", 0.0)
     assert "took more than" in compile_extension(tmp_path, "0").reason
 
 

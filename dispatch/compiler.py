@@ -1,0 +1,57 @@
+"""The machine's C++ compiler: found, and run with a limit. Used while measuring and generating, never to serve."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+COMPILERS = ("g++", "clang++", "c++")
+TIMEOUT = 300.0  # seconds
+
+
+def find_compiler() -> tuple[list[str], str]:
+    """(command, "") or ([], why there is none). ``$CXX`` is taken at its word: nothing stands in for it."""
+    named = os.environ.get("CXX", "").strip()
+    if not named:
+        found = next(filter(None, map(shutil.which, COMPILERS)), None)
+        if found is None:
+            return [], f"no C++ compiler: found none of {', '.join(COMPILERS)}"
+        return [str(Path(found).absolute())], ""
+    try:
+        words = shlex.split(named)
+    except ValueError as error:
+        return [], f"no C++ compiler: $CXX is {named!r}: {error}"
+    found = shutil.which(words[0])
+    if found is None:
+        return [], f"no C++ compiler: $CXX is {named!r}, and there is no such program"
+    return [str(Path(found).absolute()), *words[1:]], ""
+
+
+def run_compiler(command: Sequence[str], folder: Path) -> tuple[int, str]:
+    """Exit code and output of a command in ``folder``; past the time limit its process group is killed."""
+    with subprocess.Popen(
+        command,
+        cwd=folder,  # so that messages name no path of ours
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "LC_ALL": "C"},
+        start_new_session=True,  # the compiler's driver starts processes of its own
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return process.wait(), f"took more than {TIMEOUT:.0f} s"
+        return process.returncode, output.decode("utf-8", "replace")
+
+
+def failure(command: Sequence[str], code: int, output: str) -> str:
+    """Why a compilation failed, in a few lines."""
+    last = "\n".join(output.strip().splitlines()[-8:])
+    return f"{command[0]} ended with code {code}: {last or 'no output'}"

@@ -1,0 +1,155 @@
+"""Compiling units with the machine's own compiler: in parallel, once for each content, never while serving."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch.tiles.unit import HEADERS, Unit
+
+CACHE = "DKS_CACHE"
+"""Environment variable: where compiled units are kept; else $XDG_CACHE_HOME/dks, else ~/.cache/dks."""
+
+# Contractions and reassociation stay as written: fma is called where it is meant, and NaN must survive.
+FLAGS = (
+    *("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    *("-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Wfatal-errors"),
+    # GCC sees through its own intrinsics' "undefined" operands and through templates of no rows.
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-array-bounds"),
+)
+LINK = ("-shared", "-s", "-Wl,--build-id=none", "-Wl,--as-needed", "-Wl,-Bsymbolic")
+
+
+class NotBuilt(RuntimeError):
+    """A unit has no compiled form; the message says why."""
+
+
+def cache() -> Path:
+    """The folder of compiled units."""
+    named = os.environ.get(CACHE)
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dks"
+
+
+def build(units: Iterable[Unit], done: Callable[[int, int], None] = lambda *_: None) -> dict[str, str]:
+    """Compile what is not in the cache, on all cores.
+
+    Args:
+        done: told how many units of how many are ready.
+
+    Returns:
+        Why it failed, by symbol, of each unit that has no compiled form now.
+    """
+    wanted = list(dict.fromkeys(units))
+    failed = {}
+    done(0, len(wanted))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for index, (unit, reason) in enumerate(zip(wanted, pool.map(_build_one, wanted), strict=True)):
+            done(index + 1, len(wanted))
+            if reason:
+                failed[unit.symbol] = reason
+    return failed
+
+
+def locate(unit: Unit) -> Path:
+    """The compiled library of one unit. Raises NotBuilt where ``build`` has not made it, with the reason."""
+    path = _path(unit, ".so")
+    if path.is_file():
+        return path
+    why = _path(unit, ".txt")
+    raise NotBuilt(why.read_text(encoding="utf-8") if why.is_file() else f"{unit.symbol}: was never compiled")
+
+
+def link(units: Sequence[Unit], out: Path) -> None:
+    """One shared library of these units, compiling what is missing.
+
+    Raises:
+        NotBuilt: one of them does not compile, or they do not link.
+    """
+    failed = build(units)
+    if failed:
+        raise NotBuilt("; ".join(failed.values()))
+    objects = [str(_path(unit, ".o")) for unit in sorted(units, key=lambda unit: unit.symbol)]
+    compiler, reason = find_compiler()
+    if reason:
+        raise NotBuilt(reason)
+    command = [*compiler, *LINK, *objects, "-o", out.name]
+    code, output = run_compiler(command, out.parent)
+    if code != 0 or not out.is_file():
+        raise NotBuilt(failure(compiler, code, output))
+
+
+def source(units: Sequence[Unit]) -> str:
+    """The C++ of some units."""
+    import jinja2  # only needed where something is compiled
+
+    text = (HEADERS / "units.cpp.j2").read_text(encoding="utf-8")
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return template.from_string(text).render(units=units)
+
+
+def _build_one(unit: Unit) -> str:
+    """Why it failed, or an empty text."""
+    if _path(unit, ".so").is_file() and _path(unit, ".o").is_file():
+        return ""
+    compiler, reason = find_compiler()
+    if not reason:
+        reason = _compile(compiler, unit)
+    if reason:
+        reason = f"{unit.symbol} does not compile: {reason}"
+        try:
+            _put(_path(unit, ".txt"), reason.encode())
+        except OSError as error:
+            reason = f"{cache()}: can't be written ({error.strerror}); set {CACHE} to a folder that can"
+    return reason
+
+
+def _compile(compiler: Sequence[str], unit: Unit) -> str:
+    try:
+        cache().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".compile-", dir=cache()) as name:
+            folder = Path(name)
+            (folder / "unit.cpp").write_text(source([unit]), encoding="utf-8")
+            flags = [*FLAGS, *unit.needs.options, "-iquote", str(HEADERS)]
+            for command in (
+                [*compiler, *flags, "-c", "unit.cpp", "-o", "unit.o"],
+                [*compiler, *LINK, "unit.o", "-o", "unit.so"],
+            ):
+                code, output = run_compiler(command, folder)
+                if code != 0:
+                    return failure(compiler, code, output)
+            # The object first: a library without it would be taken as whole.
+            (folder / "unit.o").replace(_path(unit, ".o"))
+            (folder / "unit.so").replace(_path(unit, ".so"))
+    except OSError as error:
+        return f"{cache()}: {error.strerror or error}"
+    return ""
+
+
+def _path(unit: Unit, suffix: str) -> Path:
+    key = hashlib.sha256("\0".join((unit.digest(), *FLAGS, *LINK, _compiler())).encode()).hexdigest()[:16]
+    return cache() / f"{unit.symbol}-{key}{suffix}"
+
+
+@lru_cache
+def _compiler() -> str:
+    """The compiler and its version: another one makes other code."""
+    command, reason = find_compiler()
+    if reason:
+        return reason
+    code, output = run_compiler([*command, "--version"], Path("/"))
+    return f"{' '.join(command)} {code} {output.partition(chr(10))[0]}"
+
+
+def _put(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    Path(file.name).replace(path)

@@ -1,0 +1,54 @@
+"""Instruction sets that kernels are generated for, and whether this machine has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dks.dispatch.environment import cpu_flags
+
+
+@dataclass(frozen=True, slots=True)
+class Isa:
+    """An instruction set.
+
+    Attributes:
+        name: in kernels' ids.
+        flags: what /proc/cpuinfo must list.
+        options: what the compiler is told.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    options: tuple[str, ...]
+
+    def unavailable(self) -> str | None:
+        """Why this machine can't run it, or None."""
+        missing = [flag for flag in self.flags if flag not in cpu_flags()]
+        return f"this CPU has no {', '.join(missing)}" if missing else None
+
+
+_AVX2 = Isa("avx2", ("avx2", "fma"), ("-mavx2", "-mfma"))
+_AVX512 = Isa(
+    "avx512",
+    (*_AVX2.flags, "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    (*_AVX2.options, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
+)
+
+
+def _more(name: str, *features: tuple[str, str]) -> Isa:
+    flags, options = zip(*features, strict=True)
+    return Isa(name, (*_AVX512.flags, *flags), (*_AVX512.options, *options))
+
+
+ISAS = {
+    isa.name: isa
+    for isa in (
+        _AVX2,
+        _AVX512,
+        _more("avx512_vnni", ("avx512_vnni", "-mavx512vnni")),
+        _more("avx512_bf16", ("avx512_bf16", "-mavx512bf16")),
+        _more("amx_bf16", ("amx_tile", "-mamx-tile"), ("amx_bf16", "-mamx-bf16")),
+        _more("amx_int8", ("amx_tile", "-mamx-tile"), ("amx_int8", "-mamx-int8")),
+    )
+}
+"""Every instruction set by name."""

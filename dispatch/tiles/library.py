@@ -1,0 +1,108 @@
+"""Compiled units, as a process calls them. Nothing here compiles."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dks.dispatch.tiles.unit import Unit
+
+OK, DECLINED = 0, 1  # see abi.h
+
+_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _INT64),
+    "norm": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64),
+    "softmax": (_POINTER, _POINTER, _INT64, _INT64, _INT32),
+    "decode": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+}
+
+Locate = Callable[[Unit], Path]
+
+
+class Missing(RuntimeError):
+    """No library that this process has loaded holds a unit."""
+
+
+def _nowhere(unit: Unit) -> Path:
+    raise Missing(f"{unit.symbol}: no loaded package ships it, and nothing is compiled while serving")
+
+
+_shipped: list[ctypes.CDLL] = []
+_locate: Locate = _nowhere
+
+
+def add(path: Path) -> None:
+    """Load a package's library. Raises OSError where it can't be loaded."""
+    _shipped.append(ctypes.CDLL(str(path)))
+
+
+def look_in(locate: Locate) -> None:
+    """From now on, units that no package ships are where ``locate`` says: for measuring, not for serving."""
+    global _locate
+    _locate = locate
+
+
+def function(unit: Unit) -> Callable[..., int]:
+    """The C function of a unit: takes addresses and sizes as its kind's signature in ``abi.h`` has them.
+
+    Raises:
+        RuntimeError: it is not there, with the reason.
+        OSError: the library can't be loaded.
+    """
+    # The latest package first: it was checked last.
+    for library in reversed(_shipped):
+        if hasattr(library, unit.symbol):
+            return _typed(library, unit)
+    return _typed(ctypes.CDLL(str(_locate(unit))), unit)
+
+
+def _typed(library: ctypes.CDLL, unit: Unit) -> Callable[..., int]:
+    found = library[unit.symbol]  # a new object each time, so that no other owner's types are touched
+    found.argtypes = _SIGNATURES[unit.kind]
+    found.restype = ctypes.c_int
+    return found
+
+
+class Linear(ctypes.Structure):
+    """``struct dks_linear`` of ``abi.h``."""
+
+    _fields_ = (
+        ("weight", _POINTER),
+        ("bias", _POINTER),
+        ("scale", _POINTER),
+        ("sums", _POINTER),
+        ("n", _INT64),
+        ("k", _INT64),
+        ("epilogue", _INT32),
+        ("threads", _INT32),
+        ("by_rows", _INT32),
+    )
+
+
+class Norm(ctypes.Structure):
+    """``struct dks_norm`` of ``abi.h``."""
+
+    _fields_ = (
+        ("weight", _POINTER),
+        ("bias", _POINTER),
+        ("n", _INT64),
+        ("eps", ctypes.c_float),
+        ("threads", _INT32),
+    )
+
+
+class Decode(ctypes.Structure):
+    """``struct dks_decode`` of ``abi.h``."""
+
+    _fields_ = (
+        *((name, _INT64) for name in ("b", "h", "hkv", "d", "kv", "q_b", "q_h", "k_b", "k_h", "k_s")),
+        *((name, _INT64) for name in ("v_b", "v_h", "v_s", "page")),
+        ("block_table", _POINTER),
+        ("table_stride", _INT64),
+        ("lengths", _POINTER),
+        ("scale", ctypes.c_float),
+        ("threads", _INT32),
+    )

@@ -1,0 +1,47 @@
+// Threads of a kernel: OpenMP's, through whichever OpenMP the process has. PyTorch brings one; a second one
+// would start threads that compete with it. The symbols are weak, so that nothing is linked: without OpenMP
+// everything runs on the caller's thread.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
+void GOMP_barrier() __attribute__((weak));
+int omp_get_thread_num() __attribute__((weak));
+int omp_get_num_threads() __attribute__((weak));
+}
+
+namespace dks {
+
+// body(thread, threads) on up to `threads` threads; a team may be smaller than asked for, so the body shares
+// out its work by what it is told.
+template <class Body>
+inline void parallel(int threads, const Body& body) {
+  if (threads <= 1 || GOMP_parallel == nullptr || GOMP_barrier == nullptr || omp_get_thread_num == nullptr ||
+      omp_get_num_threads == nullptr) {
+    body(0, 1);
+    return;
+  }
+  GOMP_parallel(
+      [](void* data) { (*static_cast<const Body*>(data))(omp_get_thread_num(), omp_get_num_threads()); },
+      const_cast<Body*>(&body), static_cast<unsigned>(threads), 0);
+}
+
+// Inside a body, where `threads` is what it was told.
+inline void barrier(int threads) {
+  if (threads > 1) GOMP_barrier();
+}
+
+struct Span {
+  int64_t begin, end;
+};
+
+// The part of 0..count that a thread has, in whole multiples of `step`.
+inline Span share(int64_t count, int64_t step, int thread, int threads) {
+  const int64_t steps = (count + step - 1) / step;
+  const int64_t begin = steps * thread / threads * step, end = steps * (thread + 1) / threads * step;
+  return {begin < count ? begin : count, end < count ? end : count};
+}
+
+}  // namespace dks
