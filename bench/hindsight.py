@@ -63,7 +63,7 @@ def oracle_runtime(
         if event.done % 10 == 0 or event.done == event.total:
             print(f"[{event.done}/{event.total}] {event.problem.id}", flush=True)
 
-    run_sweep(sweep, folder, notify=say)
+    run_sweep(sweep, folder, notify=say, say=print)
     wanted = {weighted.problem.id for part in sweep.operators for weighted in part.problems}
     rows = [row for row in read_run(folder) if row.problem in wanted]
     table = oracle_table(rows, max_error)

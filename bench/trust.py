@@ -70,7 +70,7 @@ def measured(sweep: Sweep, folder: Path) -> Mapping[Problem, list[Measurement]]:
         if event.done % 20 == 0 or event.done == event.total:
             print(f"process {event.process}: {event.done}/{event.total}", flush=True)
 
-    outcome = run_sweep(sweep, folder, fresh=True, notify=say)
+    outcome = run_sweep(sweep, folder, fresh=True, notify=say, say=print)
     print(f"{folder}: {outcome.measured} problems in {outcome.seconds:.0f} s, {outcome.processes} processes")
     found: dict[Problem, list[Measurement]] = {}
     for row in read_run(folder):

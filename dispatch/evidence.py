@@ -36,7 +36,9 @@ STATUSES = (
     "out_of_memory",
     "excluded",
     "unsupported",
+    "unsuited",
     "unavailable",
+    "not_compiled",
 )
 ROLES = ("bin", "split", "held_out")
 CACHES = ("cold", "warm", "pipeline")
@@ -58,7 +60,8 @@ class Measurement:
         weight: share of traffic, times how often a model calls it; of a held-out shape, that of its bin.
         status: ok; wrong_result; failed (raised); crashed (its process died); timeout (killed at its deadline);
             out_of_memory; excluded (a repeat offender, not tried any more); unsupported (its declaration rules
-            the problem out); unavailable (this machine can't run it).
+            the problem out); unsuited (its tile is not meant for the problem, though it would be right);
+            unavailable (this machine can't run it); not_compiled (its generated code has no compiled form).
         reason: why the status is not ok; empty if it is.
         samples_ns: one a round that the candidate took part in.
         rounds: number of each sample's round: samples of one problem with the same number were taken together.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dks.dispatch.problem import Candidate, Precision, Problem
+from dks.dispatch.tiles.unit import Unit, source_of
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -25,6 +26,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 _OPS = "dks.dispatch.ops."
+
+Params = tuple[tuple[str, int], ...]
 
 Run = Callable[..., torch.Tensor]
 """Takes the operator's dynamic arguments, returns its output; the constant arguments are bound inside.
@@ -65,8 +68,13 @@ class Kernel:
             they are, and then the kernel can also serve a call without preparation.
         form_bytes: bytes that the form adds, for a problem.
         params: the parameter sets to measure; each makes one candidate.
+        unit: the generated function that a candidate runs; None for a library's kernel.
+        header: the file in ``dks/dispatch/tiles`` that generated functions are made from; empty for a
+            library's kernel.
         align: bytes to which it needs every pointer and row stride aligned; 0 means the element's size.
         supports: why it can't take a problem, or None.
+        suits: why one parameter set can't be meant for a problem, or None. It is not measured there, though it
+            would be right.
         unavailable: why this machine can't run it, or None.
         rank: simplicity; a tie goes to the lowest. The framework's own kernel is 0.
     """
@@ -77,9 +85,12 @@ class Kernel:
     bind: Callable[..., Run]
     form: str = ""
     form_bytes: Callable[[Problem], int] = lambda _: 0
-    params: tuple[tuple[tuple[str, int], ...], ...] = ((),)
+    params: tuple[Params, ...] = ((),)
+    unit: Callable[[Problem, Params], Unit] | None = None
+    header: str = ""
     align: int = 0
     supports: Callable[[Problem], str | None] = always
+    suits: Callable[[Problem, Params], str | None] = always
     unavailable: Callable[[], str | None] = always
     rank: int = 1
 
@@ -102,8 +113,8 @@ class Kernel:
 
 
 def source_digest(kernel: Kernel) -> str:
-    """First 16 hex digits of a SHA-256 over the kernel's file and the operator files that it builds on."""
-    todo, seen = [kernel.bind.__module__], {}
+    """First 16 hex digits of a SHA-256 over the kernel's files: its own, the operator's that it builds on, its template."""
+    todo, seen = [kernel.bind.__module__], dict[str, bytes]()
     while todo:
         name = todo.pop()
         module = sys.modules[name]
@@ -115,6 +126,8 @@ def source_digest(kernel: Kernel) -> str:
             # An operator's package only declares; what a kernel builds on are the modules beside it.
             if owner and owner.startswith(_OPS) and owner.count(".") > _OPS.count("."):
                 todo.append(owner)
+    if kernel.header:
+        seen[kernel.header] = source_of(kernel.header).encode()
     digest = hashlib.sha256()
     for name in sorted(seen):
         digest.update(name.encode() + b"\0" + seen[name] + b"\0")

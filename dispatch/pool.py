@@ -35,7 +35,7 @@ Profiling, generating and serving must name the same ones."""
 
 @lru_cache(maxsize=1)
 def kernels() -> dict[str, Kernel]:
-    """Every kernel by id: each module in an operator's folder that has a ``KERNEL``, and those of
+    """Every kernel by id: the ``KERNEL`` or ``KERNELS`` of each module in an operator's folder, and those of
     ``DKS_KERNELS``.
 
     Raises:
@@ -55,6 +55,7 @@ def _found() -> Iterator[Kernel]:
         for module in _modules(folder):
             if hasattr(module, "KERNEL"):
                 yield module.KERNEL
+            yield from getattr(module, "KERNELS", ())
     for name in filter(None, os.environ.get(MORE_KERNELS, "").split(",")):
         yield from importlib.import_module(name).KERNELS
 

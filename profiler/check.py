@@ -24,6 +24,7 @@ import torch
 from dks.dispatch import pool
 from dks.dispatch.kernel import Inputs, Kernel, Run, relative_error
 from dks.dispatch.problem import Candidate, Precision, Problem
+from dks.dispatch.tiles import library
 from dks.profiler.cases import Cases, Group
 from dks.profiler.draws import Lent, tensors
 from dks.profiler.process_state import ProcessState
@@ -38,7 +39,8 @@ class Verdict:
     """What the checks found of one candidate.
 
     Attributes:
-        status: ok, wrong_result, failed, out_of_memory, unsupported or unavailable.
+        status: ok, wrong_result, failed, out_of_memory, unsupported, unsuited, unavailable or
+            not_compiled.
         reason: one line of at most 300 characters; empty where all is well.
         errors: relative errors: ``normal`` at the problem's size, ``outliers`` with dynamic dims of 64.
         stable: whether repeated calls on the same inputs agreed in every bit; None where it was not seen.
@@ -88,6 +90,13 @@ class Checker:
                 return verdict.fail("unavailable", why)
             if (why := kernel.objection(problem)) is not None:
                 return verdict.fail("unsupported", why)
+            if (why := kernel.suits(problem, candidate.params)) is not None:
+                return verdict.fail("unsuited", why)
+            if (
+                kernel.unit is not None
+                and (why := library.lack(kernel.unit(problem, candidate.params))) is not None
+            ):
+                return verdict.fail("not_compiled", why)
         except Exception as error:  # a kernel may raise anything
             return verdict.fail("failed", describe(error))
         return self._judged(verdict, lambda: self._check(problem, kernel, candidate, verdict))

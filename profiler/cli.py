@@ -14,10 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from dks.dispatch import command_line, pool
+from dks.dispatch.compiler import find_compiler
 from dks.dispatch.environment import Environment, private_cache_bytes
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, read_run
 from dks.dispatch.problem import Problem
+from dks.dispatch.tiles import build
 from dks.profiler.config import load
 from dks.profiler.counters import EnergyMeter
 from dks.profiler.forms import duration
@@ -87,6 +89,7 @@ def run(
             fresh=fresh,
             whole=whole,
             notify=notify,
+            say=click.echo,
         )
     _report(outcome, folder)
     return 1 if outcome.winnerless else 0
@@ -265,6 +268,9 @@ def doctor() -> int:
     )
     for name, reason in blind.items():
         click.echo(f"{'':>10}  not by {name}: {reason}")
+    compiler, why = find_compiler()
+    click.echo(f"{'compiler':>10}: {' '.join(compiler) or f'{why}: generated kernels can not be measured'}")
+    click.echo(f"{'compiled':>10}: kept in {build.cache()}")
     table = Table(title="kernels")
     for column in ("operator", "kernel", "precision", "weight form", "here"):
         table.add_column(column)

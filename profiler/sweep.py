@@ -21,6 +21,7 @@ from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.problem import Candidate, Problem
 from dks.profiler.bench import Job, entrants
+from dks.profiler.compiling import compile_for
 from dks.profiler.config import Sweep
 from dks.profiler.counters import EnergyMeter
 from dks.profiler.findings import FAULTS, Finding, Findings, Round, counted
@@ -127,6 +128,7 @@ def run_sweep(
     fresh: bool = False,
     whole: Sweep | None = None,
     notify: Callable[[Event], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
     start: Callable[[int, Setting], Measurer] = Process,
 ) -> Outcome:
     """Measure what ``folder`` does not hold yet; what is measured is on disk before the next thing begins.
@@ -137,6 +139,7 @@ def run_sweep(
         fresh: forget what ``folder`` holds.
         whole: the sweep that ``sweep`` is a part of: files of problems that it does not have are set aside.
             None leaves them.
+        say: told in a sentence what is done before measuring begins.
         start: what makes a process of a number; a recorded run can stand in for one.
 
     Raises:
@@ -157,7 +160,7 @@ def run_sweep(
             process.hard_stop = None if budget_s is None else began + budget_s * (1 + GRACE)
             return process
 
-        run = _Run(sweep, store, begin, deadline, notify)
+        run = _Run(sweep, store, begin, deadline, notify, say)
         try:
             run.go()
         finally:
@@ -198,10 +201,11 @@ class _Run:
         start: Callable[[int], Measurer],
         deadline: float | None,
         notify: Callable[[Event], None],
+        say: Callable[[str], None],
     ) -> None:
         self.outcome = Outcome(notes=store.notes)
         self.busy_s = 0.0
-        self._sweep, self._store, self._start, self._notify = sweep, store, start, notify
+        self._sweep, self._store, self._start, self._notify, self._say = sweep, store, start, notify, say
         self._deadline = deadline
         self._process: Measurer | None = None
         self._next = store.next_process()
@@ -270,6 +274,7 @@ class _Run:
                 if self._sweep.measure.cache != "pipeline":
                     neighbours = Neighbours()
                 found.append(Task(each.problem, each.role, each.weight, part.candidates, neighbours))
+        compile_for(((task.problem, each) for task in found for each in task.candidates), self._say)
         return found
 
     # What is missing
@@ -543,7 +548,7 @@ def _refuse_broken(task: Task, findings: Findings) -> None:
     Raises:
         BadInput: see ``_Run._check``.
     """
-    idle = ("unsupported", "unavailable", "excluded")
+    idle = ("unsupported", "unsuited", "unavailable", "not_compiled", "excluded")
     tried = [f for c in task.candidates if (f := findings.found[c.id]).status not in idle]
     statuses = {finding.status for finding in tried}
     if len(tried) > 1 and len(statuses) == 1 and statuses <= set(FAULTS):

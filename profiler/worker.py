@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.tiles import build, library
 from dks.profiler.bench import Bench, Job
 from dks.profiler.findings import rounds_to_json
 
@@ -91,6 +92,7 @@ def main() -> None:
     if data_limit:
         resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
     os.dup2(2, 1)
+    library.look_in(build.locate)
     Worker(answers, note).serve()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch.tiles.library import Missing
 from dks.dispatch.tiles.unit import HEADERS, Unit
 
 CACHE = "DKS_CACHE"
@@ -26,10 +27,6 @@ FLAGS = (
 LINK = ("-shared", "-s", "-Wl,--build-id=none", "-Wl,--as-needed", "-Wl,-Bsymbolic")
 
 
-class NotBuilt(RuntimeError):
-    """A unit has no compiled form; the message says why."""
-
-
 def cache() -> Path:
     """The folder of compiled units."""
     named = os.environ.get(CACHE)
@@ -38,52 +35,48 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dks"
 
 
-def build(units: Iterable[Unit], done: Callable[[int, int], None] = lambda *_: None) -> dict[str, str]:
+def build(units: Iterable[Unit]) -> dict[str, str]:
     """Compile what is not in the cache, on all cores.
-
-    Args:
-        done: told how many units of how many are ready.
 
     Returns:
         Why it failed, by symbol, of each unit that has no compiled form now.
     """
     wanted = list(dict.fromkeys(units))
-    failed = {}
-    done(0, len(wanted))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for index, (unit, reason) in enumerate(zip(wanted, pool.map(_build_one, wanted), strict=True)):
-            done(index + 1, len(wanted))
-            if reason:
-                failed[unit.symbol] = reason
-    return failed
+        return {unit.symbol: why for unit, why in zip(wanted, pool.map(_build_one, wanted), strict=True) if why}
+
+
+def is_built(unit: Unit) -> bool:
+    """Whether the cache has it."""
+    return _path(unit, ".so").is_file() and _path(unit, ".o").is_file()
 
 
 def locate(unit: Unit) -> Path:
-    """The compiled library of one unit. Raises NotBuilt where ``build`` has not made it, with the reason."""
+    """The compiled library of one unit. Raises Missing where ``build`` has not made it, with the reason."""
     path = _path(unit, ".so")
     if path.is_file():
         return path
     why = _path(unit, ".txt")
-    raise NotBuilt(why.read_text(encoding="utf-8") if why.is_file() else f"{unit.symbol}: was never compiled")
+    raise Missing(why.read_text(encoding="utf-8") if why.is_file() else f"{unit.symbol}: was never compiled")
 
 
 def link(units: Sequence[Unit], out: Path) -> None:
     """One shared library of these units, compiling what is missing.
 
     Raises:
-        NotBuilt: one of them does not compile, or they do not link.
+        Missing: one of them does not compile, or they do not link.
     """
     failed = build(units)
     if failed:
-        raise NotBuilt("; ".join(failed.values()))
+        raise Missing("; ".join(failed.values()))
     objects = [str(_path(unit, ".o")) for unit in sorted(units, key=lambda unit: unit.symbol)]
     compiler, reason = find_compiler()
     if reason:
-        raise NotBuilt(reason)
+        raise Missing(reason)
     command = [*compiler, *LINK, *objects, "-o", out.name]
     code, output = run_compiler(command, out.parent)
     if code != 0 or not out.is_file():
-        raise NotBuilt(failure(compiler, code, output))
+        raise Missing(failure(compiler, code, output))
 
 
 def source(units: Sequence[Unit]) -> str:
@@ -97,7 +90,7 @@ def source(units: Sequence[Unit]) -> str:
 
 def _build_one(unit: Unit) -> str:
     """Why it failed, or an empty text."""
-    if _path(unit, ".so").is_file() and _path(unit, ".o").is_file():
+    if is_built(unit):
         return ""
     compiler, reason = find_compiler()
     if not reason:

@@ -24,8 +24,6 @@ struct Weights {
 // reads it. PF: inputs that the weights are prefetched ahead; 0 leaves it to the machine.
 template <class V, class X, class W, int MR, int NV, int KC, bool PACK, int PF>
 struct FmaGemm {
-  static_assert(PACK || sizeof(X) == 4, "a 16-bit element can't be broadcast as a float: x is widened while packed");
-  static_assert(MR * NV + NV + 1 <= V::registers, "accumulators, a row of weights and a broadcast are registers");
   static constexpr int NR = NV * V::width;
   using Weight = Weights<V, W>;
 
@@ -38,30 +36,34 @@ struct FmaGemm {
                                          : w.by_rows                             ? tiles
                                                                                  : panels);
     const bool blocked = KC > 0 && KC < w.k;
+    const int64_t step = blocked ? KC : w.k;
+    // Sums of whole panels, between one block of inputs and the next.
     const std::size_t packed = PACK ? align(static_cast<std::size_t>(m * w.k)) : 0;
-    const std::size_t partial = blocked ? align(static_cast<std::size_t>(m * NR)) : 0;
+    const std::size_t partial = blocked ? static_cast<std::size_t>(m * panels * NR) : 0;
     float* memory = nullptr;
     if (packed + partial > 0) {
-      memory = static_cast<float*>(scratch((packed + partial * static_cast<std::size_t>(threads)) * sizeof(float)));
+      memory = static_cast<float*>(scratch((packed + partial) * sizeof(float)));
       if (memory == nullptr) return DKS_DECLINED;
     }
     parallel(threads, [&](int thread, int count) {
-      const Span all_tiles{0, tiles}, all_panels{0, panels};
-      const Span mine = w.by_rows ? share(tiles, 1, thread, count) : all_tiles;
-      const Span columns = w.by_rows ? all_panels : share(panels, 1, thread, count);
+      const Span rows = share(tiles, 1, thread, count);
+      const Span mine = w.by_rows ? rows : Span{0, tiles};
+      const Span columns = w.by_rows ? Span{0, panels} : share(panels, 1, thread, count);
       if (PACK) {
-        const Span pack_tiles = share(tiles, 1, thread, count);
-        for (int64_t t = pack_tiles.begin; t < pack_tiles.end; ++t) pack(x, memory, w.k, row(t, m, tiles), row(t + 1, m, tiles));
+        for (int64_t t = rows.begin; t < rows.end; ++t) {
+          const int64_t r = row(t, m, tiles);
+          Rows<MR>::pack(row(t + 1, m, tiles) - r, x + r * w.k, memory + r * w.k, w.k);
+        }
         if (!w.by_rows) barrier(count);
       }
-      float* sums = memory + packed + partial * static_cast<std::size_t>(thread);
-      for (int64_t p = columns.begin; p < columns.end; ++p) {
-        for (int64_t k = 0; k < w.k; k += blocked ? KC : w.k) {
-          const int64_t depth = !blocked ? w.k : w.k - k < KC ? w.k - k : KC;
+      // One block of x stays in the second cache while the panels pass, one block of a panel in the first.
+      for (int64_t k = 0; k < w.k; k += step) {
+        const int64_t depth = w.k - k < step ? w.k - k : step;
+        for (int64_t p = columns.begin; p < columns.end; ++p) {
           for (int64_t t = mine.begin; t < mine.end; ++t) {
-            const int64_t r = row(t, m, tiles), rows = row(t + 1, m, tiles) - r;
-            const Tile tile{w, x, residual, y, memory, blocked ? sums + r * NR : nullptr, r, p, k, depth};
-            Rows<MR>::run(rows, tile);
+            const int64_t r = row(t, m, tiles);
+            float* sums = memory + packed + (p * m + r) * NR;
+            Rows<MR>::run(row(t + 1, m, tiles) - r, {w, x, residual, y, memory, sums, r, p, k, depth});
           }
         }
       }
@@ -85,20 +87,6 @@ struct FmaGemm {
   // The first row of a tile: rows are shared out evenly, since a tile of few rows is as long as a whole one.
   static int64_t row(int64_t tile, int64_t m, int64_t tiles) { return m * tile / tiles; }
 
-  // Rows begin..end as [k][row], from where row `begin` would be.
-  static void pack(const X* x, float* packed, int64_t k, int64_t begin, int64_t end) {
-    const int64_t rows = end - begin;
-    float* out = packed + begin * k;
-    if (rows == 1) {
-      for (int64_t j = 0; j < k; ++j) out[j] = to_float(x[begin * k + j]);
-      return;
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      const X* in = x + (begin + i) * k;
-      for (int64_t j = 0; j < k; ++j) out[j * rows + i] = to_float(in[j]);
-    }
-  }
-
   // The loop for exactly R rows, chosen by the number of rows there are.
   template <int R, class = void>
   struct Rows {
@@ -107,6 +95,18 @@ struct FmaGemm {
         multiply(t);
       } else {
         Rows<R - 1>::run(rows, t);
+      }
+    }
+
+    // R rows of x as [k][row]. Scalar: gathers of a few rows are slower than loads and stores in order.
+    __attribute__((noinline, optimize("no-tree-vectorize"))) static void pack(int64_t rows, const X* x, float* out, int64_t k) {
+      if (rows != R) {
+        Rows<R - 1>::pack(rows, x, out, k);
+        return;
+      }
+      for (int64_t j = 0; j < k; ++j) {
+#pragma GCC unroll 32
+        for (int i = 0; i < R; ++i) out[j * R + i] = to_float(x[i * k + j]);
       }
     }
 
@@ -160,6 +160,7 @@ struct FmaGemm {
   template <class Unused>
   struct Rows<0, Unused> {
     static void run(int64_t, const Tile&) {}
+    static void pack(int64_t, const X*, float*, int64_t) {}
   };
 
   __attribute__((noinline)) static void write(const Tile& t, int64_t i, int64_t column, V sum) {

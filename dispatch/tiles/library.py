@@ -23,7 +23,7 @@ Locate = Callable[[Unit], Path]
 
 
 class Missing(RuntimeError):
-    """No library that this process has loaded holds a unit."""
+    """A unit has no compiled form here; the message says why."""
 
 
 def _nowhere(unit: Unit) -> Path:
@@ -41,7 +41,7 @@ def add(path: Path) -> None:
 
 def look_in(locate: Locate) -> None:
     """From now on, units that no package ships are where ``locate`` says: for measuring, not for serving."""
-    global _locate
+    global _locate  # noqa: PLW0603 - set once, by what measures
     _locate = locate
 
 
@@ -49,14 +49,25 @@ def function(unit: Unit) -> Callable[..., int]:
     """The C function of a unit: takes addresses and sizes as its kind's signature in ``abi.h`` has them.
 
     Raises:
-        RuntimeError: it is not there, with the reason.
-        OSError: the library can't be loaded.
+        Missing: it is not there, or its library can't be loaded.
     """
     # The latest package first: it was checked last.
     for library in reversed(_shipped):
         if hasattr(library, unit.symbol):
             return _typed(library, unit)
-    return _typed(ctypes.CDLL(str(_locate(unit))), unit)
+    try:
+        return _typed(ctypes.CDLL(str(_locate(unit))), unit)
+    except OSError as error:
+        raise Missing(f"{unit.symbol}: {error}") from None
+
+
+def lack(unit: Unit) -> str | None:
+    """Why this process can't call a unit, or None."""
+    try:
+        function(unit)
+    except Missing as error:
+        return str(error)
+    return None
 
 
 def _typed(library: ctypes.CDLL, unit: Unit) -> Callable[..., int]:

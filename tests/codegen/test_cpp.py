@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 
 import dks.dispatch
-from dks.codegen import compile as compiling
-from dks.dispatch import compiler
 from dks.codegen.compile import BINARY, compile_extension
 from dks.codegen.cpp import render_header
 from dks.codegen.templating import cstring
+from dks.dispatch import compiler
 from dks.dispatch.table import Group, Rule, Table
 
 Find = Callable[..., int]

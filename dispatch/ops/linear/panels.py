@@ -1,0 +1,101 @@
+"""Weights of the generated kernels: panels of output channels, as ``dispatch/tiles/abi.h`` has them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dks.dispatch.kernel import DTYPES, Declined, Params, Run
+from dks.dispatch.ops.linear.epilogue import EPILOGUES
+from dks.dispatch.problem import Problem
+from dks.dispatch.tiles import library
+from dks.dispatch.tiles.unit import Unit
+
+_EPILOGUES = {name: number for number, name in enumerate(("none", "relu", "gelu", "gelu_tanh", "silu", "add"))}
+"""Numbers of ``enum dks_epilogue``."""
+
+
+def pack(weight: torch.Tensor, panel: int, group: int = 1, depth: int = 1) -> torch.Tensor:
+    """(n, k) -> (ceil(n / panel), ceil(k / group), panel, group), zeros where n or k end.
+
+    Args:
+        panel: output channels that lie together.
+        group: inputs of one channel that lie together.
+        depth: k is filled up to a multiple of this, itself one of ``group``.
+    """
+    n, k = weight.shape
+    step = max(group, depth)
+    wide = torch.nn.functional.pad(weight.detach(), (0, -k % step, 0, -n % panel))
+    return wide.view(-1, panel, wide.shape[1] // group, group).permute(0, 2, 1, 3).contiguous()
+
+
+def packed_bytes(problem: Problem, panel: int, element: int, depth: int = 1) -> int:
+    """Bytes of ``pack``'s result, for elements of so many bytes."""
+    n, k = problem.dim("n"), problem.dim("k")
+    return (n + -n % panel) * (k + -k % depth) * element
+
+
+def bound(
+    problem: Problem,
+    params: Params,
+    unit: Unit,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    scale: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
+) -> Run:
+    """The run of a generated kernel.
+
+    Args:
+        unit: the function.
+        weight: packed, 64-byte aligned.
+        bias: (n,) or None.
+        scale: float32, as the kernel wants it.
+        sums: int32 (n,).
+
+    Raises:
+        Missing: there is no compiled form of it.
+    """
+    function = library.function(unit)
+    wide_bias = None if bias is None else bias.detach().float().contiguous()
+    kept: Sequence[torch.Tensor | None] = (weight, wide_bias, scale, sums)
+    n, k = problem.dim("n"), problem.dim("k")
+    given = dict(params)
+    constant = library.Linear(
+        *(None if t is None else t.data_ptr() for t in kept),
+        n,
+        k,
+        _EPILOGUES[problem.trait("epilogue")],
+        given["t"],
+        given.get("r", 0),
+    )
+    return _run(function, constant, kept, n, k, DTYPES[problem.trait("dtype")])
+
+
+def _run(
+    function: Callable[..., int],
+    constant: library.Linear,
+    kept: Sequence[torch.Tensor | None],
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Run:
+    address, empty = ctypes.addressof(constant), torch.empty
+
+    # What the address points to must outlive the function: its defaults hold it.
+    def run(
+        x: torch.Tensor, residual: torch.Tensor | None = None, _kept: object = (constant, kept)
+    ) -> torch.Tensor:
+        y = empty((*x.shape[:-1], n), dtype=dtype, device="cpu")
+        other = None if residual is None else residual.data_ptr()
+        if function(address, x.data_ptr(), other, y.data_ptr(), x.numel() // k):
+            raise Declined("activations are not finite, or memory ran out")
+        return y
+
+    return run
+
+
+assert set(EPILOGUES) <= set(_EPILOGUES)

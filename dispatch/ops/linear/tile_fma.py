@@ -1,0 +1,168 @@
+"""Generated kernels that multiply in float: fp32 weights, and narrower ones that are widened as they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dks.dispatch.kernel import Kernel, Params, Run
+from dks.dispatch.ops.linear import panels
+from dks.dispatch.ops.linear.quantize import per_channel_int8
+from dks.dispatch.problem import Precision, Problem
+from dks.dispatch.tiles import threads
+from dks.dispatch.tiles.isa import ISAS
+from dks.dispatch.tiles.unit import Unit
+
+HEADER = "gemm_fma.hpp"
+_VECTORS = {"avx2": ("dks::Avx2", 8, 16), "avx512": ("dks::Avx512", 16, 32)}  # C++ type, floats, registers
+_ELEMENTS = {"float32": "float", "bfloat16": "dks::bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class FmaTile:
+    """One tile configuration; see ``gemm_fma.hpp``.
+
+    Attributes:
+        mr: most rows of the register tile.
+        nv: vectors of output channels beside each other.
+        kc: inputs before the next panel has its turn; 0 is all of them.
+        pack: whether x is copied into the order in which it is read.
+        pf: inputs that weights are prefetched ahead; 0 leaves it to the machine.
+    """
+
+    mr: int
+    nv: int
+    kc: int = 0
+    pack: int = 0
+    pf: int = 0
+
+    def objection(self, isa: str, dtype: str) -> str | None:
+        """Why there is no such kernel, or None."""
+        _, _, registers = _VECTORS[isa]
+        if self.mr * self.nv + self.nv + 1 > registers:
+            return f"accumulators, a row of weights and a broadcast of x take more than {registers} registers"
+        if dtype == "bfloat16" and not self.pack:
+            return "a 16-bit element can't be broadcast as a float: x is widened while it is packed"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What the weights of a kernel are stored as."""
+
+    name: str
+    cpp: str
+    precision: dict[str, Precision]
+    form: str
+    element: int
+
+
+F32 = Weights("f32", "float", {"float32": Precision.EXACT}, "fp32 panels", 4)
+W16 = Weights(
+    "w16",
+    "dks::bf16",
+    {"float32": Precision.BF16, "bfloat16": Precision.BF16},
+    "bf16 panels, multiplied as fp32",
+    2,
+)
+W8 = Weights(
+    "w8", "int8_t", {"float32": Precision.INT8, "bfloat16": Precision.INT8}, "int8 panels, multiplied as fp32", 1
+)
+
+_FEW = 8
+"""Rows up to which weight-only int8 is tried: with more, multiplying takes longer than reading the weights, and
+integer arithmetic is faster at it."""
+
+
+def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int) -> Kernel:
+    """The kernel ``tile.<weights>_<isa>`` with a candidate for each tile and number of threads."""
+    vector, width, _ = _VECTORS[isa]
+
+    def unit(problem: Problem, params: Params) -> Unit:
+        p, x = dict(params), problem.trait("dtype")
+        constants = (p["mr"], p["nv"], p["kc"], ("false", "true")[p["pack"]], p["pf"])
+        arguments = ", ".join(map(str, (vector, _ELEMENTS[x], weights.cpp, *constants)))
+        name = "_".join(f"{key}{value}" for key, value in params if key != "t")
+        return Unit(
+            f"dks_linear_{weights.name}_{isa}_{x}_{name}", isa, "linear", HEADER, f"dks::FmaGemm<{arguments}>"
+        )
+
+    def bind(problem: Problem, params: Params, weight: torch.Tensor, bias: torch.Tensor | None) -> Run:
+        """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n), of x's dtype."""
+        panel = dict(params)["nv"] * width
+        scale = None
+        if weights is W8:
+            weight, scale = per_channel_int8(weight)
+        elif weights is W16:
+            weight = weight.detach().bfloat16()
+        packed = panels.pack(weight, panel)
+        return panels.bound(problem, params, unit(problem, params), packed, bias, scale=scale)
+
+    def suits(problem: Problem, params: Params) -> str | None:
+        p, m = dict(params), problem.dim("m")
+        tile = FmaTile(p["mr"], p["nv"], p["kc"], p["pack"], p["pf"])
+        if (why := tile.objection(isa, problem.trait("dtype"))) is not None:
+            return why
+        if weights is W8 and m > _FEW:
+            return f"more than {_FEW} rows are not bound by reading the weights"
+        if p["kc"] > 0 and problem.dim("k") <= p["kc"]:
+            return f"k is not above kc={p['kc']}: nothing to block"
+        return threads.objection(params, m * problem.dim("n") * problem.dim("k"))
+
+    def unavailable() -> str | None:
+        if isa == "avx2" and ISAS["avx512"].unavailable() is None:
+            return "this CPU has AVX-512: its kernels are these with vectors twice as wide"
+        return ISAS[isa].unavailable()
+
+    widest = max(tile.nv for tile in tiles) * width
+    return Kernel(
+        id=f"tile.{weights.name}_{isa}",
+        op="linear",
+        precision=weights.precision,
+        bind=bind,
+        form=weights.form,
+        form_bytes=lambda p: panels.packed_bytes(p, widest, weights.element) + 4 * p.dim("n"),
+        params=tuple(
+            (("mr", t.mr), ("nv", t.nv), ("kc", t.kc), ("pack", t.pack), ("pf", t.pf), ("t", count))
+            for t in tiles
+            for count in threads.COUNTS
+        ),
+        unit=unit,
+        header=HEADER,
+        suits=suits,
+        unavailable=unavailable,
+        rank=rank,
+    )
+
+
+KERNELS = (
+    fma_kernel(
+        F32,
+        "avx512",
+        (
+            FmaTile(4, 4, pf=8),
+            FmaTile(6, 4, pf=8),
+            FmaTile(8, 3, pf=8),
+            FmaTile(8, 3, kc=256, pack=1),
+            FmaTile(12, 2, kc=192, pack=1, pf=4),
+        ),
+        rank=4,
+    ),
+    fma_kernel(F32, "avx2", (FmaTile(4, 2, pf=8), FmaTile(4, 3), FmaTile(6, 2, kc=256, pack=1)), rank=4),
+    fma_kernel(
+        W16,
+        "avx512",
+        (
+            FmaTile(4, 4, pf=8),
+            FmaTile(8, 3, pf=8),
+            FmaTile(4, 4, pack=1, pf=8),
+            FmaTile(8, 3, pack=1, pf=8),
+            FmaTile(8, 3, kc=256, pack=1),
+        ),
+        rank=5,
+    ),
+    fma_kernel(W16, "avx2", (FmaTile(4, 2, pf=8), FmaTile(4, 2, pack=1), FmaTile(6, 2, kc=256, pack=1)), rank=5),
+    fma_kernel(W8, "avx512", (FmaTile(4, 4, pf=16), FmaTile(4, 4, pack=1, pf=16)), rank=6),
+    fma_kernel(W8, "avx2", (FmaTile(4, 2, pf=16), FmaTile(4, 2, pack=1, pf=16)), rank=6),
+)

@@ -1,0 +1,24 @@
+"""How many threads a generated kernel is tried with."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from dks.dispatch.kernel import Params
+
+COUNTS = tuple(2**i for i in range((os.cpu_count() or 1).bit_length()))
+"""Powers of two up to the machine's cores: each is a candidate, since few threads serve a small problem best."""
+
+LEAST_WORK = 2**18  # multiply-adds a thread, some 5 us: less does not pay for waking it
+
+
+def objection(params: Params, work: int) -> str | None:
+    """Why ``t`` threads are not meant for ``work`` multiply-adds here, or None."""
+    threads = dict(params)["t"]
+    if threads > torch.get_num_threads():
+        return f"{threads} threads, torch has {torch.get_num_threads()}"
+    if threads > 1 and work // threads < LEAST_WORK:
+        return f"less than {LEAST_WORK} multiply-adds for each of {threads} threads"
+    return None

@@ -1,0 +1,36 @@
+"""Generated kernels are compiled before anything is measured: which of them a sweep needs, and that they are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from dks.dispatch import pool
+from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.tiles import build
+from dks.dispatch.tiles.unit import Unit
+
+Said = Callable[[str], None]
+
+
+def units(asked: Iterable[tuple[Problem, Candidate]]) -> list[Unit]:
+    """The generated functions that these candidates run on this machine, each once."""
+    found: dict[tuple[object, ...], Unit] = {}
+    for problem, candidate in asked:
+        kernel = pool.kernels()[candidate.kernel]
+        if kernel.unit is None or (problem.op, problem.traits, candidate) in found or kernel.unavailable():
+            continue
+        if kernel.objection(problem) is None and kernel.suits(problem, candidate.params) is None:
+            found[problem.op, problem.traits, candidate] = kernel.unit(problem, candidate.params)
+    return list(dict.fromkeys(found.values()))
+
+
+def compile_for(asked: Iterable[tuple[Problem, Candidate]], say: Said) -> None:
+    """Compile what these candidates need. What does not compile gets a status when it is checked."""
+    wanted = units(asked)
+    missing = [unit for unit in wanted if not build.is_built(unit)]
+    if not missing:
+        return
+    say(f"compiling {len(missing)} generated kernels ({len(wanted) - len(missing)} are there) into {build.cache()}")
+    failed = build.build(missing)
+    for symbol, why in failed.items():
+        say(f"not compiled: {symbol}: {why.splitlines()[0]}")
