@@ -91,6 +91,7 @@ def build(
     click.echo(
         f"lookup: {built.lookup}" if built.lookup == "compiled" else f"lookup: Python form only: {built.lookup}"
     )
+    click.echo(f"kernels: {built.kernels}")
     for dtype, us in lut.expected_us.items():
         click.echo(
             f"expected time of a model call, weighted by traffic, with {dtype} activations: {us / 1e3:.3f} ms"

@@ -16,6 +16,7 @@ from pathlib import Path
 from dks.codegen.certificate import check_regret
 from dks.codegen.compile import compile_extension
 from dks.codegen.cpp import check_namespace, render_header
+from dks.codegen.kernels import chosen_units, describe, ship
 from dks.codegen.lut import Lut
 from dks.codegen.templating import environment as templates
 from dks.dispatch import pool
@@ -36,11 +37,13 @@ class Built:
         folder: the package.
         changed: whether it differs from what was there.
         lookup: ``compiled``, or why the Python form serves.
+        kernels: which generated kernels are in it, in words.
     """
 
     folder: Path
     changed: bool
     lookup: str
+    kernels: str
 
 
 def check_package_name(name: str) -> str:
@@ -124,8 +127,8 @@ def build(lut: Lut, rows: Iterable[Measurement], out: Path, name: str) -> Built:
         rows: the measurements behind the Lut, for the kernels' source digests.
 
     Raises:
-        BadInput: the name or the destination can't be used or can't be written, or the certificate shows more
-            regret than the policy allows.
+        BadInput: the name or the destination can't be used or can't be written, the certificate shows more
+            regret than the policy allows, or generated kernels that were chosen can't be compiled.
     """
     check_package_name(name)
     check_destination(out, name)
@@ -138,13 +141,16 @@ def build(lut: Lut, rows: Iterable[Measurement], out: Path, name: str) -> Built:
     try:
         package = work / name
         package.mkdir()
+        units = chosen_units(lut)
+        ship(units, package)
+        kernels = describe(package, len(units))
         lookup = _fill(package, lut, rows, name)
         changed = _put_in_place(package, out / name)
     except OSError as error:
         raise BadInput(f"{out}: can't be written ({error.strerror}); what was there before is intact") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return Built(out / name, changed, lookup)
+    return Built(out / name, changed, lookup, kernels)
 
 
 def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> str:

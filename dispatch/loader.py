@@ -22,10 +22,13 @@ from dks.dispatch.kernel import source_digest
 from dks.dispatch.problem import Candidate
 from dks.dispatch.runtime import Find, Runtime
 from dks.dispatch.table import Table
+from dks.dispatch.tiles import library
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 MAX_FILE_BYTES = 64 * 2**20
+KERNELS = "_kernels.so"
+"""The shared library of the generated kernels that a table chose, where it chose any."""
 STRICT = "DKS_STRICT"
 """With this environment variable set to 1, a table that can't serve here raises instead of falling back."""
 
@@ -167,6 +170,11 @@ def load(package: str, folder: str) -> Runtime:
         return Runtime(package, EMPTY, refused=refused)
     table: Table = importlib.import_module(f"{package}._table").TABLE
     dead_ids = dead_kernels(manifest)
+    if KERNELS in manifest.files:
+        try:
+            library.add(path / KERNELS)
+        except OSError as error:  # each of its kernels is then found to be missing when it is bound
+            warnings.warn(f"{package}: {KERNELS} can't be loaded: {error}", RuntimeWarning, stacklevel=3)
     dead = {
         rule.candidate: dead_ids[kernel]
         for rule in table.rules

@@ -18,7 +18,7 @@ from dks.dispatch.compiler import find_compiler
 from dks.dispatch.environment import Environment, private_cache_bytes
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, read_run
-from dks.dispatch.problem import Problem
+from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build
 from dks.profiler.config import load
 from dks.profiler.counters import EnergyMeter
@@ -238,13 +238,16 @@ def _show_problem(problem: str, rows: list[Measurement]) -> Iterator[tuple[str, 
 
 
 def _show_failures(rows: list[Measurement]) -> None:
-    seen: dict[tuple[str, str, str, str], int] = {}
+    seen: dict[tuple[str, str, str, str], tuple[set[str], set[str]]] = {}
     for row in rows:
         if row.status != "ok":
-            key = (row.op, row.candidate, row.status, row.reason)
-            seen[key] = seen.get(key, 0) + 1
-    for (op, candidate, status, reason), count in sorted(seen.items()):
-        click.echo(f"{op} {candidate}: {status} on {count} problems: {reason}")
+            key = (row.op, Candidate.parse(row.candidate).kernel, row.status, row.reason)
+            candidates, problems = seen.setdefault(key, (set(), set()))
+            candidates.add(row.candidate)
+            problems.add(row.problem)
+    for (op, kernel, status, reason), (candidates, problems) in sorted(seen.items()):
+        which = candidates.pop() if len(candidates) == 1 else f"{kernel} ({len(candidates)} candidates)"
+        click.echo(f"{op} {which}: {status} on {len(problems)} problems: {reason}")
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""Generated kernels are compiled before anything is measured: which of them a sweep needs, and that they are there."""
+"""Generated kernels are compiled before anything is measured."""
 
 from __future__ import annotations
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dks.dispatch.kernel import DTYPES, Declined, Params, Run
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
@@ -15,6 +17,25 @@ from dks.dispatch.tiles.unit import Unit
 
 _EPILOGUES = {name: number for number, name in enumerate(("none", "relu", "gelu", "gelu_tanh", "silu", "add"))}
 """Numbers of ``enum dks_epilogue``."""
+
+
+_T = TypeVar("_T")
+
+_forms: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def shared(weight: torch.Tensor, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
+    """``make()``, once for all kernels of a layer that read the same form of its weight; it goes with the weight.
+
+    Args:
+        key: the form: element, panel, whatever else tells two forms apart.
+    """
+    forms = _forms.setdefault(weight, {})
+    key = (weight._version, *key)
+    if key not in forms:
+        forms[key] = make()
+    made: _T = forms[key]
+    return made
 
 
 def pack(weight: torch.Tensor, panel: int, group: int = 1, depth: int = 1) -> torch.Tensor:

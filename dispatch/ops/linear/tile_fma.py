@@ -55,20 +55,14 @@ class Weights:
     cpp: str
     precision: dict[str, Precision]
     form: str
-    element: int
+    dtype: torch.dtype
 
 
-F32 = Weights("f32", "float", {"float32": Precision.EXACT}, "fp32 panels", 4)
-W16 = Weights(
-    "w16",
-    "dks::bf16",
-    {"float32": Precision.BF16, "bfloat16": Precision.BF16},
-    "bf16 panels, multiplied as fp32",
-    2,
-)
-W8 = Weights(
-    "w8", "int8_t", {"float32": Precision.INT8, "bfloat16": Precision.INT8}, "int8 panels, multiplied as fp32", 1
-)
+_BF16 = {"float32": Precision.BF16, "bfloat16": Precision.BF16}
+_INT8 = {"float32": Precision.INT8, "bfloat16": Precision.INT8}
+F32 = Weights("f32", "float", {"float32": Precision.EXACT}, "fp32 panels", torch.float32)
+W16 = Weights("w16", "dks::bf16", _BF16, "bf16 panels, multiplied as fp32", torch.bfloat16)
+W8 = Weights("w8", "int8_t", _INT8, "int8 panels, a scale a channel, multiplied as fp32", torch.int8)
 
 _FEW = 8
 """Rows up to which weight-only int8 is tried: with more, multiplying takes longer than reading the weights, and
@@ -91,12 +85,14 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
     def bind(problem: Problem, params: Params, weight: torch.Tensor, bias: torch.Tensor | None) -> Run:
         """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n), of x's dtype."""
         panel = dict(params)["nv"] * width
-        scale = None
-        if weights is W8:
-            weight, scale = per_channel_int8(weight)
-        elif weights is W16:
-            weight = weight.detach().bfloat16()
-        packed = panels.pack(weight, panel)
+
+        def make() -> tuple[torch.Tensor, torch.Tensor | None]:
+            if weights is W8:
+                quantized, scale = per_channel_int8(weight)
+                return panels.pack(quantized, panel), scale
+            return panels.pack(weight.detach().to(weights.dtype), panel), None
+
+        packed, scale = panels.shared(weight, (weights.name, panel), make)
         return panels.bound(problem, params, unit(problem, params), packed, bias, scale=scale)
 
     def suits(problem: Problem, params: Params) -> str | None:
@@ -122,7 +118,7 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
         precision=weights.precision,
         bind=bind,
         form=weights.form,
-        form_bytes=lambda p: panels.packed_bytes(p, widest, weights.element) + 4 * p.dim("n"),
+        form_bytes=lambda p: panels.packed_bytes(p, widest, weights.dtype.itemsize) + 4 * p.dim("n"),
         params=tuple(
             (("mr", t.mr), ("nv", t.nv), ("kc", t.kc), ("pack", t.pack), ("pf", t.pf), ("t", count))
             for t in tiles
