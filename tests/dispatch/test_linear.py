@@ -372,6 +372,7 @@ class TestResidual:
         wanted = F.linear(x(8), weight(), bias()) + residual(8)
         model = pickle.loads(pickle.dumps(nn.ModuleList([made])))
         assert type(model[0]) is ActivatedLinear and torch.equal(model[0](x(8), residual(8)), wanted)
+        assert "adds_residual" not in vars(model[0])
         assert runtime.optimize(model).swapped == 1
         for layer in (made, copy.deepcopy(made), model[0]):
             assert isinstance(layer, PreparedLinear) and served(layer) == [PACKED]
