@@ -20,7 +20,7 @@ from dks.dispatch.ambient import (
 )
 from dks.dispatch.problem import MAX_ALIGNMENT, alignment
 from dks.dispatch.runtime import Plan
-from dks.dispatch.served import DTYPE_NAMES, Dispatch, Server
+from dks.dispatch.served import DTYPE_NAMES, Dispatch, Server, residual_objection
 from dks.dispatch.watch import Watch
 
 _M = TypeVar("_M", bound="PreparedModule")
@@ -38,8 +38,14 @@ class Binding:
         self.row_bits = row_bytes | MAX_ALIGNMENT
         self._dtype = dtype
 
-    def objection(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> str | None:
-        """Why the framework must serve ``x``, or None."""
+    def objection(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> str | None:
+        """Why the framework must serve these inputs, or None."""
         reason = objection(x, self._dtype)
         if reason is not None:
             return reason
@@ -50,7 +56,9 @@ class Binding:
             return "shape"
         if not x.is_contiguous():
             return "strides"
-        return "weight_changed" if self.changed(weight, bias) else None
+        if weight is None or self.changed(weight, bias):
+            return "weight_changed"
+        return None if residual is None else residual_objection(residual, x, weight.shape[0])
 
 
 class PreparedModule(nn.Module):
@@ -66,6 +74,7 @@ class PreparedModule(nn.Module):
     """
 
     features: int  # size of the last dim of what comes in
+    adds_residual = False  # whether each call brings a residual, of the output's shape, that is added to it
 
     def __init__(self, server: Server, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -87,7 +96,7 @@ class PreparedModule(nn.Module):
         raise NotImplementedError
 
     def framework(self, x: torch.Tensor) -> torch.Tensor:
-        """The framework's own operator on this layer."""
+        """The framework's own operator on this layer; takes a residual as well if the layer adds one."""
         raise NotImplementedError
 
     def plain(self) -> nn.Module:
@@ -132,23 +141,37 @@ class PreparedModule(nn.Module):
         """Whether the parameters are others than those that are bound."""
         return self._binding is None or self._binding.changed(*self._tensors())
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input (..., features) -> the layer's output, as the framework would compute it."""
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """input (..., features) -> the layer's output, as the framework would compute it.
+
+        Raises:
+            TypeError: a residual for a layer that adds none, or none for one that does.
+        """
+        if (residual is None) is self.adds_residual:
+            raise TypeError(self._wrong_arguments())
+        given: tuple[torch.Tensor, ...] = (input,) if residual is None else (input, residual)
         if is_compiling():
             self._server.runtime.counters.add(self._server.op, "compiling")
-            return self.framework(input)
+            return self.framework(*given)
         binding = self._binding
         if binding is None:
             reason = self._unbound
         else:
             parameters = self._parameters
-            reason = binding.objection(input, parameters.get("weight"), parameters.get("bias"))
+            reason = binding.objection(input, residual, parameters.get("weight"), parameters.get("bias"))
             if reason is None:
                 bits = input.data_ptr() | binding.row_bits
+                if residual is not None:
+                    bits |= residual.data_ptr()
                 rows = input.numel() // binding.features
-                return binding.dispatch.serve(self.framework, bits & -bits, (rows,), input)
+                return binding.dispatch.serve(self.framework, bits & -bits, (rows,), *given)
         self._server.count(str(reason))
-        return self.framework(input)
+        return self.framework(*given)
+
+    def _wrong_arguments(self) -> str:
+        if self.adds_residual:
+            return f"{self._server.op}: found no residual, expected layer(x, residual): it was prepared to add one"
+        return f"{self._server.op}: found a residual, expected layer(x): it was not prepared to add one"
 
     @property
     def gains(self) -> bool:
@@ -194,7 +217,7 @@ class PreparedModule(nn.Module):
         return self.plain()
 
     def _attributes(self) -> dict[str, Any]:
-        own = ("_binding", "_server", "_unbound", "features")
+        own = ("_binding", "_server", "_unbound", "adds_residual", "features")
         kept = {k: v for k, v in self.__dict__.items() if k not in own}
         return {k: v.copy() if isinstance(v, dict) else v for k, v in kept.items()}
 

@@ -139,3 +139,14 @@ def tensors_objection(x: object, *constants: torch.Tensor | None) -> str | None:
         if t is not None and (reason := tensor_objection(t, x.dtype)) is not None:
             return reason
     return "gradient" if grad_enabled() and wants_gradient(x, *constants) else None
+
+
+def residual_objection(residual: torch.Tensor, x: torch.Tensor, n: int) -> str | None:
+    """Why the framework must add ``residual`` to an output (..., n) of ``x``, to which nothing objects; or None."""
+    if (reason := tensor_objection(residual, x.dtype)) is not None:
+        return reason
+    if grad_enabled() and wants_gradient(residual):
+        return "gradient"
+    if residual.shape != (*x.shape[:-1], n):
+        return "shape"  # the framework broadcasts either to the other
+    return None if residual.is_contiguous() else "strides"

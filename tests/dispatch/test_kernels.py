@@ -101,8 +101,9 @@ def test_takes_x_of_one_to_five_dims(kernel: Kernel) -> None:
             rows = math.prod(lead)
             dims = {name: rows if name == "m" else size for name, size in first.dims}
             flat = Problem.of(kernel.op, dict(first.traits), dims)
-            reference = operator.reference(flat, Inputs(static, (x.view(rows, last),)))
-            y = run(x)
+            _, *residual = operator.make_inputs(flat, generator(), "normal").dynamic
+            reference = operator.reference(flat, Inputs(static, (x.view(rows, last), *residual)))
+            y = run(x, *(r.view(*lead, r.shape[1]) for r in residual))
             assert y.shape == (*lead, reference.shape[1]), (first.id, lead)
             # One row holds few numbers: its error scatters around the class's.
             assert relative_error(y.view(reference.shape), reference) <= 2 * limit(kernel, first.trait("dtype"))
@@ -165,13 +166,14 @@ def test_hard_values(kernel: Kernel) -> None:
         inputs = operator.make_inputs(sized[2], generator(), "normal")
         run = kernel.bind(first, kernel.candidates()[0].params, *inputs.static)
         for name, change in HARD.items():
-            x = change(inputs.dynamic[0])
+            x, *residual = inputs.dynamic
+            x = change(x)
             try:
-                y = run(x)
+                y = run(x, *residual)
             except Declined:
                 assert name in ("small", "tiny") and kernel.id.startswith("quantized.dynamic")
                 continue
-            error = relative_error(y, operator.reference(sized[2], Inputs(inputs.static, (x,))))
+            error = relative_error(y, operator.reference(sized[2], Inputs(inputs.static, (x, *residual))))
             assert error <= 2 * limit(kernel, first.trait("dtype")), (first.id, name, error)
 
 
@@ -185,12 +187,13 @@ def test_never_turns_nan_or_infinity_into_numbers_nor_spoils_other_rows(kernel: 
         inputs = operator.make_inputs(sized[2], generator(), "normal")
         run, wanted = (k.bind(first, k.candidates()[0].params, *inputs.static) for k in (kernel, default))
         for name, change in NOT_FINITE.items():
-            x = change(inputs.dynamic[0])
-            try:
-                y = run(x)
-            except Declined:
-                continue
-            assert torch.equal(y.isfinite(), wanted(x).isfinite()), (first.id, name)
+            for i in range(len(inputs.dynamic)):
+                given = [change(t) if i == j else t for j, t in enumerate(inputs.dynamic)]
+                try:
+                    y = run(*given)
+                except Declined:
+                    continue
+                assert torch.equal(y.isfinite(), wanted(*given).isfinite()), (first.id, name, i)
 
 
 @pytest.mark.parametrize("kernel", LINEAR)
@@ -198,12 +201,11 @@ def test_a_weight_that_no_integer_stands_for_is_refused(kernel: Kernel) -> None:
     runnable(kernel)
     operator = pool.operator("linear")
     for first, sized in problems(kernel):
-        weight, bias = operator.make_inputs(sized[2], generator(), "normal").static
-        weight = weight.clone()
+        inputs = operator.make_inputs(sized[2], generator(), "normal")
+        weight, bias = inputs.static[0].clone(), inputs.static[1]
         weight[3, 5] = math.nan
-        x = torch.ones(2, weight.shape[1], dtype=weight.dtype)
         try:
-            y = kernel.bind(first, kernel.candidates()[0].params, weight, bias)(x)
+            y = kernel.bind(first, kernel.candidates()[0].params, weight, bias)(*inputs.dynamic)
         except ValueError as error:
             assert "weight" in str(error) and "finite" in str(error)
         else:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dks.dispatch import pool
-from dks.dispatch.kernel import Kernel, aligned
+from dks.dispatch.kernel import Kernel, aligned, relative_error
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
 from dks.dispatch.ops.linear.serve import ActivatedLinear, PreparedLinear
 from dks.dispatch.problem import Precision, Problem
@@ -240,7 +240,9 @@ class TestSameAsTheFramework:
     def test_every_candidate_in_turn(self, route: Any, dtype: torch.dtype, epilogue: str) -> None:
         n, k = 64, 128
         w, b = torch.randn(n, k).to(dtype) / k**0.5, torch.randn(n).to(dtype)
-        wanted = EPILOGUES[epilogue](F.linear(x_wide := torch.randn(2, 9, k).to(dtype), w, b))
+        more = [torch.randn(2, 9, n).to(dtype)] if epilogue == "add" else []
+        x_wide = torch.randn(2, 9, k).to(dtype)
+        wanted = EPILOGUES[epilogue](F.linear(x_wide.double(), w.double(), b.double()), *more)
         name = "float32" if dtype == torch.float32 else "bfloat16"
         for candidate in pool.candidates_for("linear"):
             kernel = pool.kernels()[candidate.kernel]
@@ -250,12 +252,142 @@ class TestSameAsTheFramework:
                 continue
             made = route("linear", (candidate.id,), [{"n": n, "k": k}]).server("linear").prepare(w, b, epilogue)
             given = aligned(x_wide, 64)
-            copy_of = given.clone()
-            y = made(given)
-            assert counts(made) == {"bin": 1} and torch.equal(given, copy_of)
-            error = (y - wanted).float().norm() / wanted.float().norm()
-            assert error <= 2 * kernel.precision[name].limit, (candidate.id, float(error))
-            assert y.data_ptr() != made(given).data_ptr() and y.shape == wanted.shape
+            before = [t.clone() for t in (given, *more)]
+            y = made(given, *more)
+            assert counts(made) == {"bin": 1} and all(map(torch.equal, (given, *more), before))
+            assert y.dtype == dtype and relative_error(y, wanted) <= kernel.precision[name].limit, candidate.id
+            assert y.data_ptr() != made(given, *more).data_ptr()
+
+
+def residual(*lead: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*lead, N, generator=torch.Generator().manual_seed(10)).to(dtype)
+
+
+RESIDUALS: dict[str, tuple[Callable[[], Any], str]] = {
+    "same shape": (lambda: residual(8), "exact"),
+    "at another address": (lambda: torch.randn(8 * N + 1)[1:].view(8, N), "exact"),
+    "not finite": (lambda: residual(8).fill_diagonal_(float("nan")), "exact"),
+    "one row": (lambda: residual(1), "shape"),
+    "a vector": (residual, "shape"),
+    "one column": (lambda: torch.randn(8, 1), "shape"),
+    "0-d": (lambda: torch.tensor(2.0), "shape"),
+    "more dims": (lambda: residual(2, 8), "shape"),
+    "too few rows": (lambda: residual(7), "shape"),
+    "too wide": (lambda: torch.randn(8, N + 1), "shape"),
+    "expanded": (lambda: residual(1).expand(8, N), "strides"),
+    "every second row": (lambda: residual(16)[::2], "strides"),
+    "transposed": (lambda: torch.randn(N, 8).t(), "strides"),
+    "float64": (lambda: residual(8, dtype=torch.float64), "dtype"),
+    "bf16": (lambda: residual(8, dtype=torch.bfloat16), "dtype"),
+    "int64": (lambda: residual(8).long(), "dtype"),
+    "meta": (lambda: residual(8).to("meta"), "device"),
+    "sparse": (lambda: residual(8).to_sparse(), "layout"),
+    "negative view": (lambda: torch._neg_view(residual(8)), "layout"),
+    "subclass": (lambda: residual(8).as_subclass(Loud), "subclass"),
+    "a number": (lambda: 2.0, "subclass"),
+    "a list": (lambda: [1.0] * N, "subclass"),
+    "wants a gradient": (lambda: residual(8).requires_grad_(), "gradient"),
+}  # fmt: skip
+
+
+class TestResidual:
+    @pytest.mark.parametrize("prepared", [False, True])
+    @pytest.mark.parametrize("case", RESIDUALS)
+    def test_same_as_the_framework(self, server: Any, case: str, prepared: bool) -> None:
+        build, reason = RESIDUALS[case]
+        given = fresh(lambda: (build(),))[0]
+        wanted = outcome(lambda: F.linear(x(8), weight(), bias()) + given)
+        made = server.prepare(weight(), bias(), "add")
+        call = (
+            (lambda: made(x(8), given)) if prepared else lambda: server.call(x(8), weight(), bias(), residual=given)
+        )
+        assert_same(outcome(call), wanted)
+        assert counts(server) == {reason: 1}
+
+    def test_gradients_reach_the_residual_and_all_else(self, server: Any) -> None:
+        made = server.prepare(nn.Parameter(weight()), nn.Parameter(bias()), "add")
+        for call in (made, lambda a, r: server.call(a, made.weight, made.bias, residual=r)):
+            args = [x(3).requires_grad_(), residual(3).requires_grad_()]
+            inputs = (*args, made.weight, made.bias)
+            found = torch.autograd.grad(call(*args).pow(2).sum(), inputs)
+            wanted = torch.autograd.grad((F.linear(args[0], made.weight, made.bias) + args[1]).pow(2).sum(), inputs)
+            assert all(map(torch.allclose, found, wanted))
+        assert counts(made) == {"gradient": 2}
+
+    def test_its_address_counts_for_the_alignment(self, route: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        n, k = 16, 16
+        seen: list[int] = []
+
+        def bind(_p: Any, _q: Any, w: torch.Tensor, b: torch.Tensor | None) -> Any:
+            def run(a: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+                seen.append(r.data_ptr() % 32)
+                return F.linear(a, w, b) + r
+
+            return run
+
+        server = route("linear", (fault(monkeypatch, bind, align=32),), [{"n": n, "k": k}]).server("linear")
+        w, a = aligned(torch.randn(n, k), 64), aligned(torch.randn(8, k), 64)
+        made = server.prepare(w, None, "add")
+        for align in (4, 8, 16, 32, 64):
+            r = aligned(torch.randn(8, n), align)
+            assert torch.equal(made(a, r), F.linear(a, w) + r)
+            assert torch.equal(server.call(a, w, residual=r), F.linear(a, w) + r)
+        assert seen == [0] * 4 and counts(made) == {"misaligned": 6, "exact": 4}
+
+    def test_x_itself_may_be_the_residual(self, route: Any) -> None:
+        for candidate in (PACKED, "torch.addmm", "torch.linear_inplace"):
+            made = (
+                route("linear", (candidate,), [{"n": K, "k": K}])
+                .server("linear")
+                .prepare(torch.eye(K), None, "add")
+            )
+            given = x(8)
+            assert torch.allclose(made(given, given), 2 * x(8)) and torch.equal(given, x(8))
+            assert counts(made) == {"exact": 1}
+
+    def test_what_does_not_go_together_is_named(self, server: Any, route: Any) -> None:
+        with pytest.raises(ValueError, match="found a residual and epilogue='gelu', expected one of the two"):
+            server.call(x(8), weight(), bias(), "gelu", residual(8))
+        with pytest.raises(ValueError, match=r"found 'add', expected one of .* goes in residual="):
+            server.call(x(8), weight(), bias(), "add")
+        with pytest.raises(TypeError, match=r"found no residual, expected layer\(x, residual\)"):
+            server.prepare(weight(), bias(), "add")(x(8))
+        norm = route("layer_norm", ("torch.layer_norm",), [{"n": N}]).server("layer_norm").prepare(bias(), bias())
+        for layer in (server.prepare(weight(), bias()), server.prepare(weight(), bias(), "relu"), norm):
+            with pytest.raises(TypeError, match=r"found a residual, expected layer\(x\)"):
+                layer(x(8), residual(8))
+        assert counts(server) == {}
+
+    def test_the_framework_adds_it_where_a_kernel_fails(self, route: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        server = route("linear", (fault(monkeypatch, lambda *_: lambda x, r: 1 / 0),), SHAPES).server("linear")
+        made = server.prepare(weight(), bias(), "add")
+        wanted = F.linear(x(8), weight(), bias()) + residual(8)
+        assert torch.equal(made(x(8), residual=residual(8)), wanted)
+        assert torch.equal(server.call(x(8), weight(), bias(), residual=residual(8)), wanted)
+        assert counts(made) == {"kernel_failed": 2}
+
+    def test_copies_and_pickles(self, route: Any) -> None:
+        runtime = route("linear", (PACKED,), SHAPES)
+        made = runtime.server("linear").prepare(nn.Parameter(weight(), False), nn.Parameter(bias(), False), "add")
+        wanted = F.linear(x(8), weight(), bias()) + residual(8)
+        model = pickle.loads(pickle.dumps(nn.ModuleList([made])))
+        assert type(model[0]) is ActivatedLinear and torch.equal(model[0](x(8), residual(8)), wanted)
+        assert "adds_residual" not in vars(model[0])
+        assert runtime.optimize(model).swapped == 1
+        for layer in (made, copy.deepcopy(made), model[0]):
+            assert isinstance(layer, PreparedLinear) and served(layer) == [PACKED]
+            assert torch.allclose(layer(x(8), residual(8)), wanted, atol=1e-5)
+        assert counts(made) == {"exact": 3}
+
+    def test_compiled_whole(self, server: Any) -> None:
+        torch._dynamo.reset()
+        made = server.prepare(weight(), bias(), "add")
+        wanted = F.linear(x(8), weight(), bias()) + residual(8)
+        direct = torch.compile(server.call, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x(8), residual(8)), wanted, atol=1e-5)
+        assert torch.allclose(direct(x(8), weight(), bias(), residual=residual(8)), wanted, atol=1e-5)
+        assert counts(made) == {"compiling": 2}
 
 
 class TestAutograd:

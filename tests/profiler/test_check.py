@@ -108,6 +108,11 @@ def test_a_wrong_epilogue_is_out(fresh: Checker, add: Add, name: str) -> None:
     expect_out(fresh.check(linear("gelu"), add(wrong.GELU[name])))
 
 
+@pytest.mark.parametrize("name", wrong.ADD)
+def test_a_wrong_residual_is_out(fresh: Checker, add: Add, name: str) -> None:
+    expect_out(fresh.check(linear("add"), add(wrong.ADD[name])))
+
+
 @pytest.mark.parametrize("name", wrong.LAYER_NORM)
 def test_a_wrong_layer_norm_is_out(fresh: Checker, add: Add, name: str) -> None:
     expect_out(fresh.check(layer_norm(), add(wrong.LAYER_NORM[name], op="layer_norm")))
@@ -120,7 +125,7 @@ def test_a_wrong_attention_is_out(fresh: Checker, add: Add, name: str) -> None:
 
 
 def test_there_are_enough_of_them() -> None:
-    kinds = (wrong.LINEAR, wrong.LATER, wrong.GELU, wrong.LAYER_NORM, wrong.ATTENTION)
+    kinds = (wrong.LINEAR, wrong.LATER, wrong.GELU, wrong.ADD, wrong.LAYER_NORM, wrong.ATTENTION)
     assert sum(len(kind) for kind in kinds) >= 55
 
 
@@ -160,7 +165,7 @@ def test_the_recheck_alone_finds_it(fresh: Checker, add: Add, name: str) -> None
     assert verdict.poisoned is (name == "threads") or name == "late change"
 
 
-@pytest.mark.parametrize("problem", [linear(), layer_norm(), attention(mask="float")], ids=lambda p: p.op)
+@pytest.mark.parametrize("problem", [linear(), linear("add"), layer_norm(), attention(mask="float")])
 def test_a_right_kernel_passes_the_recheck(checker: Checker, problem: Problem) -> None:
     default = pool.kernels()[pool.operator(problem.op).default]
     run, static, dynamic = timed(problem, default.bind, 3)

@@ -29,7 +29,7 @@ Bind = Callable[..., Run]
 
 def right(problem: Problem, weight: T, bias: T | None) -> Run:
     apply = EPILOGUES[problem.trait("epilogue")]
-    return lambda x: apply(F.linear(x, weight, bias))
+    return lambda x, *residual: apply(F.linear(x, weight, bias), *residual)
 
 
 # -- answers that are wrong everywhere ------------------------------------------------------------------
@@ -50,6 +50,11 @@ def changed(change: Change) -> Bind:
 def computed(compute: Callable[[T, T, T], Any]) -> Bind:
     """``compute(x, weight, bias)``, without the epilogue."""
     return lambda problem, params, weight, bias: lambda x: compute(x, weight, bias)
+
+
+def added(compute: Callable[[T, T], T]) -> Bind:
+    """``compute(the linear's output, residual)``."""
+    return lambda problem, params, weight, bias: lambda x, r: compute(F.linear(x, weight, bias), r)
 
 
 def put(index: Any, value: float | None = None) -> Change:
@@ -513,6 +518,20 @@ GELU: dict[str, Bind] = {
     "gelu twice": changed(lambda y, x: F.gelu(y)),
     "gelu before the bias": computed(lambda x, w, b: F.gelu(F.linear(x, w)) + b),
     "clamped": changed(lambda y, x: y.clamp_min(0)),
+}
+
+ADD: dict[str, Bind] = {
+    "ignores the residual": added(lambda y, r: y),
+    "adds it twice": added(lambda y, r: y + 2 * r),
+    "subtracts it": added(lambda y, r: y - r),
+    "its first row for all": added(lambda y, r: y + r[:1]),
+    "its last row missing": added(lambda y, r: y + torch.cat((r[:-1], torch.zeros_like(r[:1])))),
+    "rounds it": added(lambda y, r: y + r.bfloat16()),
+    "hides its NaN": added(lambda y, r: (y + r).nan_to_num()),
+    "adds into it": added(lambda y, r: r.add_(y)),
+    "adds into it and copies": added(lambda y, r: r.add_(y).clone()),
+    "reads past it": added(lambda y, r: y + r + 0 * r.as_strided((1,), (1,), r.storage_offset() + r.numel())),
+    "only where it is aligned": added(lambda y, r: y + r if r.data_ptr() % 64 == 0 else y),
 }
 
 LAYER_NORM: dict[str, Bind] = {

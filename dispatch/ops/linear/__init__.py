@@ -1,4 +1,7 @@
-"""linear: y = epilogue(x @ weight.T + bias), with x (..., k), weight (n, k), bias (n,) or none."""
+"""linear: y = epilogue(x @ weight.T + bias), with x (..., k), weight (n, k), bias (n,) or none.
+
+The epilogue ``add`` adds a residual (..., n), which comes with each call.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,32 @@ from dks.dispatch.problem import Problem, alignment
 
 
 def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inputs:
-    """weight ~ N(0, 1/k), so that outputs have unit variance on normal data; x (m, k)."""
+    """weight ~ N(0, 1/k), so that outputs have unit variance on normal data; x (m, k), residual (m, n)."""
     dtype = DTYPES[problem.trait("dtype")]
     m, n, k = (problem.dim(name) for name in ("m", "n", "k"))
     weight = (torch.randn((n, k), generator=generator) / k**0.5).to(dtype)
     bias = torch.randn((n,), generator=generator).to(dtype) if problem.trait("bias") == "yes" else None
     x = draw_activations((m, k), generator, draw).to(dtype)  # last, so that the weight is the same for every m
-    return Inputs(static=(weight, bias), dynamic=(aligned(x, problem.align),))
+    dynamic = [aligned(x, problem.align)]
+    if problem.trait("epilogue") == "add":
+        # Normal in every draw: outliers that no kernel quantises would hide what those of x cost.
+        residual = torch.randn((m, n), generator=generator).to(dtype)
+        dynamic.append(aligned(residual, problem.align))
+    return Inputs(static=(weight, bias), dynamic=tuple(dynamic))
 
 
 def reference(problem: Problem, inputs: Inputs) -> torch.Tensor:
     """The same in float64, from the operands as they are (already rounded to their dtype)."""
     weight, bias = inputs.static
-    (x,) = inputs.dynamic
-    y = x.double() @ weight.double().t()
+    x, *residual = (t.double() for t in inputs.dynamic)
+    y = x @ weight.double().t()
     if bias is not None:
         y += bias.double()
-    return EPILOGUES[problem.trait("epilogue")](y)
+    return EPILOGUES[problem.trait("epilogue")](y, *residual)
 
 
 def max_align(problem: Problem) -> int:
-    """Rows of x are k elements apart, rows of y are n elements apart."""
+    """Rows of x are k elements apart, rows of y and of a residual n elements apart."""
     size = DTYPES[problem.trait("dtype")].itemsize
     return alignment(problem.dim("k") * size, problem.dim("n") * size)
 

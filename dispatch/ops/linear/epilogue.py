@@ -1,4 +1,4 @@
-"""Activations that follow a linear: the framework's form, and the in-place one that saves an allocation."""
+"""What follows a linear: the framework's form, and the in-place one that saves an allocation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import torch.nn.functional as F
 
 from dks.dispatch.kernel import Run
 
-EPILOGUES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "silu": F.silu,
 }
-"""Epilogue by trait value, as the framework computes it. ``gelu`` is the exact one (erf)."""
+"""Epilogues of the output alone, as the framework computes them. ``gelu`` is the exact one (erf)."""
+
+EPILOGUES: Mapping[str, Callable[..., torch.Tensor]] = {**ACTIVATIONS, "add": torch.add}
+"""Epilogue by trait value. ``add`` takes a residual after the output, (..., n) like it and of its dtype: with
+that epilogue the dynamic arguments are x and the residual, and every kernel's run takes both."""
 
 _IN_PLACE: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu_,
@@ -33,10 +37,18 @@ _ONEDNN: Mapping[str, tuple[str, str]] = {
 }
 
 
+def finish(y: torch.Tensor, epilogue: str, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """The epilogue on an output, as the framework computes it."""
+    apply = EPILOGUES[epilogue]
+    return apply(y) if residual is None else apply(y, residual)
+
+
 def fused_in_place(run: Run, epilogue: str) -> Run:
     """``run`` followed by the epilogue on its fresh output, without a second buffer."""
     if epilogue == "none":
         return run
+    if epilogue == "add":
+        return lambda x, residual: run(x).add_(residual)
     apply = _IN_PLACE[epilogue]
     return lambda x: apply(run(x))
 

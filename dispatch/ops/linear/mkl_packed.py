@@ -17,7 +17,7 @@ from dks.dispatch.problem import Precision, Problem
 def bind(
     problem: Problem, params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
-    """weight (n, k), bias (n,) or None, float32 -> run(x (..., k)) -> (..., n)."""
+    """weight (n, k), bias (n,) or None, float32 -> run(x (..., k)[, residual (..., n)]) -> (..., n)."""
     k = problem.dim("k")
     weight = weight.detach().contiguous()
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, dict(params)["rows"])

@@ -10,11 +10,10 @@ from dks.dispatch.problem import Precision, Problem
 
 
 def bind(
-    problem: Problem, params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
+    problem: Problem, _params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
-    """weight (n, k), bias (n,) or None, float32 -> run(x (..., k) float32) -> (..., n) float32."""
-    half = mkldnn_packed.bind(problem, params, weight.bfloat16(), None if bias is None else bias.bfloat16())
-    return lambda x: half(x.bfloat16()).float()
+    """weight (n, k), bias (n,) or None -> run(x (..., k)[, residual (..., n)]) -> (..., n), all float32."""
+    return mkldnn_packed.bind_cast(problem, torch.bfloat16, weight, bias)
 
 
 KERNEL = Kernel(

@@ -10,11 +10,10 @@ from dks.dispatch.problem import Precision, Problem
 
 
 def bind(
-    problem: Problem, params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
+    problem: Problem, _params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
-    """weight (n, k), bias (n,) or None, bf16 -> run(x (..., k) bf16) -> (..., n) bf16."""
-    wide = mkldnn_packed.bind(problem, params, weight.float(), None if bias is None else bias.float())
-    return lambda x: wide(x.float()).bfloat16()
+    """weight (n, k), bias (n,) or None -> run(x (..., k)[, residual (..., n)]) -> (..., n), all bf16."""
+    return mkldnn_packed.bind_cast(problem, torch.float32, weight, bias)
 
 
 KERNEL = Kernel(

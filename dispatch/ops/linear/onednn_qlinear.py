@@ -15,7 +15,7 @@ _TINY = 1e-30  # a scale of zero would divide zero by zero for an input of zeros
 def bind(
     problem: Problem, _params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
-    """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n), of x's dtype."""
+    """weight (n, k), bias (n,) or None -> run(x (..., k)[, residual (..., n)]) -> (..., n), of x's dtype."""
     n, k = problem.dim("n"), problem.dim("k")
     hush()
     quantized, scale = per_channel_int8(weight)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dks.dispatch.ops.linear.epilogue import EPILOGUES
+from dks.dispatch.ops.linear.epilogue import ACTIVATIONS
 from dks.dispatch.prepared import parameter_objection
 from dks.dispatch.swap import attachment_note, swap_note
 
@@ -23,7 +23,7 @@ def linear_note(linear: nn.Linear) -> str | None:
 def linear_then_activation(parent: nn.Module) -> tuple[str, nn.Linear, str, str] | None:
     """(linear's name, linear, activation's name, epilogue) of a module that is one after the other, or None.
 
-    Found by behaviour, not by name: the activation must equal one of the epilogues on a grid of values, and
+    Found by behaviour, not by name: the activation must equal one of ACTIVATIONS on a grid of values, and
     the module must call what the two call in turn, and return the same, in training and in evaluation. What
     that can't show is ruled out by form: the module has nothing else that could matter, now or later.
     """
@@ -69,12 +69,12 @@ def _holds_tensors(module: nn.Module) -> bool:
 
 
 def _epilogue_of(activation: nn.Module) -> str | None:
-    """The epilogue that equals ``activation`` from the smallest to the largest float32, or None."""
+    """The name in ACTIVATIONS of what equals ``activation`` from the smallest to the largest float32, or None."""
     tail = torch.logspace(-38.0, 38.0, 512, dtype=torch.float32, device="cpu")
     middle = torch.linspace(-16.0, 16.0, 2049, dtype=torch.float32, device="cpu")
     grid = torch.cat((middle, tail, -tail))
     seen = activation(grid.clone())
-    return next((e for e, f in EPILOGUES.items() if e != "none" and torch.equal(f(grid), seen)), None)
+    return next((e for e, f in ACTIVATIONS.items() if e != "none" and torch.equal(f(grid), seen)), None)
 
 
 def _equal(parent: nn.Module, linear: nn.Linear, activation: nn.Module) -> bool:

@@ -30,7 +30,7 @@ def dynamic_int8(engine: str) -> Kernel:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> Run:
-        """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n), of x's dtype."""
+        """weight (n, k), bias (n,) or None -> run(x (..., k)[, residual (..., n)]) -> (..., n), of x's dtype."""
         quantized, scale = per_channel_int8(weight)
         n, k = quantized.shape
         zero = torch.zeros(n, dtype=torch.long, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling
-from dks.dispatch.ops.linear.epilogue import EPILOGUES
+from dks.dispatch.ops.linear.epilogue import ACTIVATIONS, EPILOGUES, finish
 from dks.dispatch.ops.linear.pair import linear_note, linear_then_activation
 from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+from dks.dispatch.served import DTYPE_NAMES, Server, residual_objection, tensors_objection
 from dks.dispatch.swap import bind_again, children, join, replace
 
 
@@ -24,38 +25,56 @@ class LinearServer(Server):
     op = "linear"
 
     def call(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, epilogue: str = "none"
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        epilogue: str = "none",
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y = epilogue(x @ weight.T + bias) for any tensors that ``F.linear`` takes.
+        """y = epilogue(x @ weight.T + bias), or that plus a residual, for any tensors that ``F.linear`` takes.
 
         Args:
             x: (..., k).
             weight: (n, k), used as it is; ``prepare`` packs it and is faster.
             bias: (n,) or None.
             epilogue: none, relu, gelu, gelu_tanh or silu.
+            residual: (..., n), added last; the table knows it as the epilogue ``add``. One of another shape or
+                dtype, or not contiguous, is added by the framework, by its rules.
 
         Returns:
             (..., n), as the framework would: same errors, same autograd.
 
         Raises:
-            ValueError: an unknown epilogue.
+            ValueError: an unknown epilogue, or a residual with another one than none.
         """
-        _check_epilogue(epilogue)
+        _check_epilogue(epilogue, ACTIVATIONS)
+        if residual is not None:
+            if epilogue != "none":
+                raise ValueError(f"linear: found a residual and epilogue={epilogue!r}, expected one of the two")
+            epilogue = "add"
 
-        def framework(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return EPILOGUES[epilogue](F.linear(x, weight, bias))
+        def framework(*_: Any) -> torch.Tensor:
+            return finish(F.linear(x, weight, bias), epilogue, residual)
 
         reason = "compiling" if is_compiling() else _objection(x, weight, bias)
+        if reason is None and residual is not None:
+            reason = residual_objection(residual, x, weight.shape[0])
         if reason is not None:
             self.runtime.counters.add(self.op, reason)
-            return framework(x, weight, bias)
+            return framework()
         n, k = weight.shape
         dispatch = self.direct(
             (x.dtype, bias is None, epilogue, n, k), lambda: self.plan("direct", weight, bias, epilogue), 2
         )
         bits = (k | n) * x.element_size() | x.data_ptr() | weight.data_ptr()
-        align = alignment(bits if bias is None else bits | bias.data_ptr())
-        return dispatch.serve(framework, align, (x.numel() // k,), x, weight, bias)
+        if bias is not None:
+            bits |= bias.data_ptr()
+        sizes = (x.numel() // k,)
+        if residual is None:
+            return dispatch.serve(framework, alignment(bits), sizes, x, weight, bias)
+        bits |= residual.data_ptr()
+        return dispatch.serve(framework, alignment(bits), sizes, x, residual, weight, bias)
 
     def plan(self, form: str, weight: torch.Tensor, bias: torch.Tensor | None, epilogue: str) -> Plan:
         """The table's plan for this weight."""
@@ -74,15 +93,15 @@ class LinearServer(Server):
         Args:
             weight: (n, k); kept, so that the framework can serve what the table can't.
             bias: (n,) or None.
-            epilogue: none, relu, gelu, gelu_tanh or silu.
+            epilogue: none, relu, gelu, gelu_tanh, silu or add.
 
         Returns:
-            A module: layer(x (..., k)) -> (..., n).
+            A module: layer(x (..., k)) -> (..., n); with ``add``, layer(x, residual (..., n)).
 
         Raises:
             ValueError: an unknown epilogue, or shapes that no linear has.
         """
-        _check_epilogue(epilogue)
+        _check_epilogue(epilogue, EPILOGUES)
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             found = f"weight {tuple(weight.shape)}, bias {None if bias is None else tuple(bias.shape)}"
             raise ValueError(f"prepare_linear: found {found}, expected (n, k) and (n,)")
@@ -149,7 +168,7 @@ class LinearServer(Server):
 
 
 class PreparedLinear(PreparedModule):
-    """layer(x (..., k)) -> (..., n). Made by ``prepare_linear``; see ``PreparedModule``."""
+    """layer(x (..., k)[, residual (..., n)]) -> (..., n). Made by ``prepare_linear``; see ``PreparedModule``."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -161,6 +180,7 @@ class PreparedLinear(PreparedModule):
     ) -> None:
         self.__dict__["epilogue"] = epilogue  # before the base binds, which needs it
         self.__dict__["features"] = weight.shape[1]
+        self.__dict__["adds_residual"] = epilogue == "add"
         super().__init__(server, weight, bias)
 
     def plan(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Plan:
@@ -170,9 +190,9 @@ class PreparedLinear(PreparedModule):
         n, k = self.weight.shape
         return (n | k) * self.weight.element_size()
 
-    def framework(self, x: torch.Tensor) -> torch.Tensor:
+    def framework(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias)
-        return y if self.epilogue == "none" else EPILOGUES[self.epilogue](y)
+        return y if self.epilogue == "none" else finish(y, self.epilogue, residual)
 
     def plain(self) -> nn.Linear:
         kind = nn.Linear if self.epilogue == "none" else ActivatedLinear
@@ -191,14 +211,15 @@ class ActivatedLinear(nn.Linear):
 
     epilogue: str
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input (..., k) -> (..., n)."""
-        return EPILOGUES[self.epilogue](super().forward(input))
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """input (..., k), and with the epilogue ``add`` a residual (..., n) -> (..., n)."""
+        return finish(super().forward(input), self.epilogue, residual)
 
 
-def _check_epilogue(epilogue: str) -> None:
-    if epilogue not in EPILOGUES:
-        raise ValueError(f"epilogue: found {epilogue!r}, expected one of {', '.join(EPILOGUES)}")
+def _check_epilogue(epilogue: str, allowed: Collection[str]) -> None:
+    if epilogue not in allowed:
+        also = "" if "add" in allowed else "; what is to be added goes in residual="
+        raise ValueError(f"epilogue: found {epilogue!r}, expected one of {', '.join(allowed)}{also}")
 
 
 def _objection(x: Any, weight: Any, bias: Any) -> str | None:

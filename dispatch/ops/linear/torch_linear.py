@@ -1,4 +1,4 @@
-"""The framework's own path: ``F.linear`` and the activation after it. Every kernel is held against it."""
+"""The framework's own path: ``F.linear`` and the epilogue after it. Every kernel is held against it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from dks.dispatch.problem import Precision, Problem
 def bind(
     problem: Problem, _params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
-    """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n)."""
+    """weight (n, k), bias (n,) or None -> run(x (..., k)[, residual (..., n)]) -> (..., n)."""
     epilogue = problem.trait("epilogue")
     if epilogue == "none":
         return lambda x: F.linear(x, weight, bias)
+    if epilogue == "add":
+        return lambda x, residual: F.linear(x, weight, bias) + residual
     apply = EPILOGUES[epilogue]
     return lambda x: apply(F.linear(x, weight, bias))
 

@@ -1,4 +1,4 @@
-"""``F.linear`` with the activation applied in place: the same arithmetic, one large allocation fewer."""
+"""``F.linear`` with the epilogue applied in place: the same arithmetic, one large allocation fewer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dks.dispatch.problem import Precision, Problem
 def bind(
     problem: Problem, _params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
-    """weight (n, k), bias (n,) or None -> run(x (..., k)) -> (..., n)."""
+    """weight (n, k), bias (n,) or None -> run(x (..., k)[, residual (..., n)]) -> (..., n)."""
     return fused_in_place(lambda x: F.linear(x, weight, bias), problem.trait("epilogue"))
 
 

@@ -13,7 +13,7 @@ from dks.dispatch.problem import Precision, Problem
 def bind(
     problem: Problem, _params: tuple[tuple[str, int], ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Run:
-    """weight (n, k), bias (n,) or None, bf16 -> run(x (..., k) bf16) -> (..., n) bf16."""
+    """weight (n, k), bias (n,) or None -> run(x (..., k)[, residual (..., n)]) -> (..., n), all bf16."""
     n, k = problem.dim("n"), problem.dim("k")
     quantized, scale = per_channel_int8(weight)
     scale = scale.bfloat16()
