@@ -42,8 +42,8 @@ def ship(units: Sequence[Unit], package: Path) -> None:
         build.link(units, package / KERNELS)
     except Missing as error:
         raise BadInput(
-            f"kernels: the table chose {len(units)} generated kernels that can't be compiled here ({error}); install "
-            "a C++ compiler or name one in $CXX, or build from measurements without kernels whose ids begin with 'tile.'"
+            f"kernels: the table chose {len(units)} generated kernels that can't be compiled here ({error}); "
+            "install a C++ compiler or name one in $CXX"
         ) from None
     abi = (HEADERS / "abi.h").read_text(encoding="utf-8")
     text = templates().get_template("kernels.h.j2").render(abi=abi, units=units)

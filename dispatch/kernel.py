@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,12 +29,24 @@ DTYPES: Mapping[str, torch.dtype] = {
 _OPS = "dks.dispatch.ops."
 
 Params = tuple[tuple[str, int], ...]
+"""Names and values of one parameter set."""
 
-Run = Callable[..., torch.Tensor]
+Output = torch.Tensor | tuple[torch.Tensor, ...]
+"""What an operator returns: a tensor, or several where its traits ask for more than one."""
+
+Launch = Callable[..., Output]
 """Takes the operator's dynamic arguments, returns its output; the constant arguments are bound inside.
 
-It must not write to its arguments, and its output shares memory with nothing. It raises ``Declined`` for
-values that it would get wrong."""
+It must not write to its arguments, and no tensor of its output shares memory with anything. It raises
+``Declined`` for values that it would get wrong."""
+
+Run = Callable[..., torch.Tensor]
+"""A ``Launch`` whose output is one tensor."""
+
+
+def parts(output: Output) -> tuple[torch.Tensor, ...]:
+    """The tensors of an output."""
+    return output if isinstance(output, tuple) else (output,)
 
 
 class Declined(Exception):
@@ -61,7 +74,7 @@ class Kernel:
         id: ``library.name``; unique in the pool.
         op: the operator it computes.
         precision: class of its arithmetic, by the activations' dtype; its keys are the dtypes it takes.
-        bind: (problem, params, *static arguments) -> Run. Packs weights where the kernel wants another
+        bind: (problem, params, *static arguments) -> Launch. Packs weights where the kernel wants another
             form; may read the problem's traits and static dims, never a dynamic dim, so that one bound
             form serves all bins.
         form: the weight form that ``bind`` makes, in words; empty where it uses the caller's tensors as
@@ -82,7 +95,7 @@ class Kernel:
     id: str
     op: str
     precision: Mapping[str, Precision]
-    bind: Callable[..., Run]
+    bind: Callable[..., Launch]
     form: str = ""
     form_bytes: Callable[[Problem], int] = lambda _: 0
     params: tuple[Params, ...] = ((),)
@@ -113,7 +126,7 @@ class Kernel:
 
 
 def source_digest(kernel: Kernel) -> str:
-    """First 16 hex digits of a SHA-256 over the kernel's files: its own, the operator's that it builds on, its template."""
+    """First 16 hex digits of a SHA-256 over a kernel's files: its own, those it builds on, its C++ template."""
     todo, seen = [kernel.bind.__module__], dict[str, bytes]()
     while todo:
         name = todo.pop()
@@ -159,7 +172,7 @@ class Operator:
     traits: Mapping[str, tuple[str, ...]]
     default: str
     make_inputs: Callable[[Problem, torch.Generator, str], Inputs]
-    reference: Callable[[Problem, Inputs], torch.Tensor]
+    reference: Callable[[Problem, Inputs], Output]
     max_align: Callable[[Problem], int]
     key_bytes: Callable[[Problem], int]
     server: Callable[[Any], Any]
@@ -199,8 +212,16 @@ def aligned(tensor: torch.Tensor, align: int) -> torch.Tensor:
     return view
 
 
-def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
-    """||y - reference|| / ||reference|| in float64; NaN where y has NaN, inf where shapes differ."""
+def relative_error(y: Output, reference: Output) -> float:
+    """||y - reference|| / ||reference|| in float64; NaN where y has NaN, inf where shapes differ.
+
+    Of several tensors the largest, with NaN above all.
+    """
+    errors = [_relative_error(*pair) for pair in zip(parts(y), parts(reference), strict=True)]
+    return next((error for error in errors if math.isnan(error)), max(errors))
+
+
+def _relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     if y.shape != reference.shape:
         return float("inf")
     norm = float(torch.linalg.vector_norm(reference))

@@ -18,7 +18,8 @@ from dks.dispatch.ambient import (
     transform_objection,
     wants_gradient,
 )
-from dks.dispatch.problem import MAX_ALIGNMENT, alignment
+from dks.dispatch.kernel import Launch
+from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, alignment
 from dks.dispatch.runtime import Plan
 from dks.dispatch.served import DTYPE_NAMES, Dispatch, Server, residual_objection
 from dks.dispatch.watch import Watch
@@ -29,10 +30,19 @@ _M = TypeVar("_M", bound="PreparedModule")
 class Binding:
     """The kernels that a layer's parameters are bound to, and when those may serve."""
 
-    __slots__ = ("_dtype", "changed", "dispatch", "features", "row_bits")
+    __slots__ = ("_dtype", "changed", "dispatch", "features", "fused", "row_bits")
 
-    def __init__(self, dispatch: Dispatch, watch: Watch, dtype: torch.dtype, features: int, row_bytes: int) -> None:
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        fused: Dispatch | None,
+        watch: Watch,
+        dtype: torch.dtype,
+        features: int,
+        row_bytes: int,
+    ) -> None:
         self.dispatch = dispatch
+        self.fused = fused  # for calls that bring a residual as well
         self.changed = watch.changed
         self.features = features
         self.row_bits = row_bytes | MAX_ALIGNMENT
@@ -87,9 +97,13 @@ class PreparedModule(nn.Module):
         """The table's plan for this layer."""
         raise NotImplementedError
 
-    def constants(self) -> tuple[object, ...]:
-        """Constant arguments after weight and bias, as the kernels' ``bind`` takes them."""
-        return ()
+    def fused_plan(self, _weight: torch.Tensor) -> Plan | None:
+        """The table's plan for calls that bring a residual as well; None where the operator has none."""
+        return None
+
+    def constants(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[object, ...]:
+        """The constant arguments, as the kernels' ``bind`` takes them."""
+        return (weight, bias)
 
     def row_bytes(self) -> int:
         """Row strides in and out, or-ed together, in bytes."""
@@ -110,17 +124,21 @@ class PreparedModule(nn.Module):
         self._unbound = transform_objection() or parameter_objection(weight, bias)
         if self._unbound is not None or weight is None:
             return
-        plan = self.plan(weight, bias)
+        plan, fused_plan = self.plan(weight, bias), self.fused_plan(weight)
         watch = Watch(weight, bias)  # before binding: a write that comes between is then noticed
         # What is bound here serves every mode: grad and inference mode, with and without autocast.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            statics = (_on_cache_line(weight), _on_cache_line(bias), *self.constants())
-            dispatch = Dispatch(
-                self._server.runtime,
-                plan,
-                lambda c: pool.kernels()[c.kernel].bind(plan.problem, c.params, *statics),
-            )
-        self._binding = Binding(dispatch, watch, weight.dtype, self.features, self.row_bytes())
+            held = _on_cache_line(weight)
+            statics = self.constants(held, None if bias is None else _on_cache_line(bias))
+            dispatch = self._dispatch(plan, statics)
+            fused = None if fused_plan is None else self._dispatch(fused_plan, statics)
+        self._binding = Binding(dispatch, fused, watch, weight.dtype, self.features, self.row_bytes())
+
+    def _dispatch(self, plan: Plan, statics: tuple[object, ...]) -> Dispatch:
+        def bind(candidate: Candidate) -> Launch:
+            return pool.kernels()[candidate.kernel].bind(plan.problem, candidate.params, *statics)
+
+        return Dispatch(self._server.runtime, plan, bind)
 
     def _tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         # Missing where a parametrization computes them: the framework then serves.
@@ -222,7 +240,7 @@ class PreparedModule(nn.Module):
         return {k: v.copy() if isinstance(v, dict) else v for k, v in kept.items()}
 
 
-def parameter_objection(weight: torch.Tensor | None, bias: torch.Tensor | None) -> str | None:
+def parameter_objection(weight: torch.Tensor | None, bias: torch.Tensor | None = None) -> str | None:
     """Why no table could serve a layer with these parameters (dtype, device, subclass, shape), or None."""
     if weight is None:
         return "weight_changed"
@@ -240,10 +258,8 @@ def _as_parameter(t: torch.Tensor | None) -> nn.Parameter | None:
     return t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=t.requires_grad)
 
 
-def _on_cache_line(t: torch.Tensor | None) -> torch.Tensor | None:
+def _on_cache_line(t: torch.Tensor) -> torch.Tensor:
     """``t``, or a copy where its address would lower every call's alignment (as in a mapped file)."""
-    if t is None:
-        return None
     t = t.detach()
     if alignment(t.data_ptr()) == MAX_ALIGNMENT and t.is_contiguous():
         return t

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,9 +15,11 @@ from dks.dispatch.ambient import (
     tensor_objection,
     wants_gradient,
 )
-from dks.dispatch.kernel import DTYPES, Declined, Run
+from dks.dispatch.kernel import DTYPES, Declined, Launch, Output
 from dks.dispatch.problem import Candidate
 from dks.dispatch.runtime import MATCH_NAMES, MISS_NAMES, Plan, Runtime, Swap
+
+_Output = TypeVar("_Output", bound=Output)
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -27,16 +29,16 @@ class Dispatch:
 
     __slots__ = ("_blocked", "_calls", "_counters", "_find", "_hits", "_op", "_runtime", "kernels", "plan")
 
-    def __init__(self, runtime: Runtime, plan: Plan, bind: Callable[[Candidate], Run]) -> None:
+    def __init__(self, runtime: Runtime, plan: Plan, bind: Callable[[Candidate], Launch]) -> None:
         """Bind each candidate of ``plan`` once; one that can't be bound is recorded and never runs."""
         self.plan = plan
-        self.kernels: dict[str, Run] = {}
+        self.kernels: dict[str, Launch] = {}
         for candidate in set(plan.candidates.values()):
             try:
                 self.kernels[candidate.id] = bind(candidate)
             except Exception as error:  # a kernel may raise anything; the framework serves without it
                 runtime.note_failure(candidate, error)
-        self._calls = {
+        self._calls: dict[int, Callable[..., Any]] = {
             rule: self.kernels[candidate.id]
             for rule, candidate in plan.candidates.items()
             if candidate.id in self.kernels
@@ -48,9 +50,7 @@ class Dispatch:
         self._counters = runtime.counters
         self._hits = tuple(runtime.counters.counter(self._op, match) for match in MATCH_NAMES)
 
-    def serve(
-        self, framework: Callable[..., torch.Tensor], align: int, sizes: tuple[int, ...], *args: Any
-    ) -> torch.Tensor:
+    def serve(self, framework: Callable[..., _Output], align: int, sizes: tuple[int, ...], *args: Any) -> _Output:
         """Run the kernel chosen for these dynamic sizes on ``args``; without one, ``framework(*args)``."""
         if self._find is None:
             self._counters.add(self._op, self._blocked)
@@ -66,7 +66,7 @@ class Dispatch:
             self._counters.add(self._op, "kernel_failed" if known else "kernel_changed")
             return framework(*args)
         try:
-            y = call(*args)
+            y: _Output = call(*args)
         except Exception as error:  # a kernel may raise anything; the framework judges the call
             failure = error
         else:
@@ -75,8 +75,8 @@ class Dispatch:
         return self._after_failure(failure, rule, framework, args)
 
     def _after_failure(
-        self, failure: Exception, rule: int, framework: Callable[..., torch.Tensor], args: tuple[Any, ...]
-    ) -> torch.Tensor:
+        self, failure: Exception, rule: int, framework: Callable[..., _Output], args: tuple[Any, ...]
+    ) -> _Output:
         """The framework's answer, or its error where the call was wrong; else the kernel is out for good."""
         y = framework(*args)
         if isinstance(failure, Declined):
@@ -117,7 +117,7 @@ class Server:
             made = plan()
             kernels, problem = pool.kernels(), made.problem
 
-            def late(candidate: Candidate) -> Run:
+            def late(candidate: Candidate) -> Launch:
                 bind, params = kernels[candidate.kernel].bind, candidate.params
                 if not statics:
                     return bind(problem, params)

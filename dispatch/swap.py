@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from dks.dispatch.prepared import PreparedModule
@@ -33,10 +35,11 @@ def attachment_note(module: nn.Module) -> str | None:
     return None if module._compiled_call_impl is None else "is compiled"
 
 
-def swap_note(module: nn.Module) -> str | None:
-    """Why a layer must stay as it is: what a user attached, or state beyond a weight and a bias; or None."""
-    extra = module._modules or module._buffers or set(module._parameters) != {"weight", "bias"}
-    return attachment_note(module) or ("holds more than a weight and a bias" if extra else None)
+def swap_note(module: nn.Module, parameters: Sequence[str] = ("weight", "bias")) -> str | None:
+    """Why a layer must stay as it is: what a user attached, or state beyond ``parameters``; or None."""
+    extra = module._modules or module._buffers or set(module._parameters) != set(parameters)
+    held = "holds more than a " + " and a ".join(parameters)
+    return attachment_note(module) or (held if extra else None)
 
 
 def replace(parent: nn.Module, name: str, old: nn.Module, new: PreparedModule) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from dks.dispatch import pool
 from dks.dispatch.environment import private_cache_bytes
-from dks.dispatch.kernel import Inputs, Run, source_digest
+from dks.dispatch.kernel import Inputs, Launch, Output, parts, source_digest
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.profiler.check import Checker
 from dks.profiler.counters import EnergyMeter, peak_memory
@@ -80,7 +80,7 @@ class Bound:
     """A kernel bound to one copy of the constant arguments, which no other candidate shares."""
 
     static: tuple[Any, ...]
-    run: Run
+    run: Launch
 
 
 class Bench:
@@ -234,7 +234,7 @@ class _Kernels:
         # Too small to fill the cache by rotating: it is emptied between calls instead.
         self._flush = bench._cache == "cold" and copies * (size + weights) < bench._beyond
         self._neighbours = _Neighbours(bench, job.before, job.after)
-        self._runs: dict[str, list[Run]] = {}
+        self._runs: dict[str, list[Launch]] = {}
         self._turn = 0
         for name in job.names:
             self._in_flight(name)
@@ -280,19 +280,19 @@ class _Kernels:
 class _Neighbours:
     """What runs around a candidate in the pipeline state: the framework's own kernels of other operators.
 
-    An output becomes the first input of what follows where it has as many elements.
+    An output, or the first tensor of one, becomes the first input of what follows where it has as many elements.
     """
 
     def __init__(self, bench: Bench, before: Sequence[Problem], after: Sequence[Problem]) -> None:
         self._before = [self._default(bench, problem) for problem in before]
         self._after = [self._default(bench, problem) for problem in after]
 
-    def _default(self, bench: Bench, problem: Problem) -> tuple[Run, tuple[Any, ...]]:
+    def _default(self, bench: Bench, problem: Problem) -> tuple[Launch, tuple[Any, ...]]:
         kernel = pool.kernels()[pool.operator(problem.op).default]
         inputs = bench._inputs(problem, 1)
         return kernel.bind(problem, (), *inputs.static), inputs.dynamic
 
-    def timed(self, run: Run, dynamic: tuple[Any, ...], clock: Callable[[], int] = time.perf_counter_ns) -> int:
+    def timed(self, run: Launch, dynamic: tuple[Any, ...], clock: Callable[[], int] = time.perf_counter_ns) -> int:
         """Nanoseconds of the candidate, with its neighbours where it has any."""
         if not self._before and not self._after:
             before = clock()
@@ -301,7 +301,7 @@ class _Neighbours:
             del result  # freed outside the timed span, as a caller would later
             return after - before
         before = clock()
-        flowing: torch.Tensor | None = None
+        flowing: Output | None = None
         for neighbour, own in self._before:
             flowing = neighbour(*_fed(own, flowing))
         flowing = run(*_fed(dynamic, flowing))
@@ -310,11 +310,13 @@ class _Neighbours:
         return clock() - before
 
 
-def _fed(dynamic: tuple[Any, ...], flowing: torch.Tensor | None) -> tuple[Any, ...]:
-    first = dynamic[0]
-    if flowing is None or flowing.numel() != first.numel() or flowing.dtype != first.dtype:
+def _fed(dynamic: tuple[Any, ...], flowing: Output | None) -> tuple[Any, ...]:
+    if flowing is None:
         return dynamic
-    return (flowing.reshape(first.shape), *dynamic[1:])
+    first, given = dynamic[0], parts(flowing)[0]
+    if given.numel() != first.numel() or given.dtype != first.dtype:
+        return dynamic
+    return (given.reshape(first.shape), *dynamic[1:])
 
 
 def raised(error: Exception) -> str:

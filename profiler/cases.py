@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dks.dispatch import pool
-from dks.dispatch.kernel import Inputs, Kernel, Run
+from dks.dispatch.kernel import Inputs, Kernel, Launch, parts
 from dks.dispatch.problem import MAX_ALIGNMENT, Precision, Problem
 from dks.profiler.draws import NOT_FINITE, SCALED, Slot, is_mask, noisy, place, redrawn, tensors
 from dks.profiler.gaps import Gap, gap, gap_beside_non_finite, size_of
@@ -28,8 +28,8 @@ class Group:
     """What is shared by the problems of one weight: its values, and the cases."""
 
     static: tuple[Any, ...]
-    framework: Run | None = None
-    least: float = 0.0  # root mean square of its outputs on normal data
+    framework: Launch | None = None
+    least: tuple[float, ...] = ()  # root mean square of each tensor of its output on normal data
     placed: dict[int, tuple[list[Slot], tuple[Any, ...]]] = field(default_factory=dict)
     cases: dict[str, list[Case]] = field(default_factory=dict)
 
@@ -47,7 +47,7 @@ class Cases:
         self._group = Group(())
         self._problem: Problem | None = None
         self._own: list[Case] = []
-        self._fresh: tuple[list[torch.Tensor], torch.Tensor] | None = None
+        self._fresh: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] | None = None
 
     def enter(self, problem: Problem) -> Group:
         """The group of a problem; another one than before frees what was kept. Call it first."""
@@ -61,8 +61,8 @@ class Cases:
             default = pool.kernels()[operator.default]
             if default.unavailable() is None and default.objection(problem) is None:
                 group.framework = default.bind(problem, default.candidates()[0].params, *group.static)
-            big = max(self.named(problem, "small"), key=lambda case: case.draws[0].reference.numel())
-            group.least = size_of(big.draws[0].reference)
+            big = max(self.named(problem, "small"), key=lambda case: case.draws[0].reference[0].numel())
+            group.least = tuple(map(size_of, big.draws[0].reference))
             for case in self.named(problem, "small"):  # their bounds waited for it
                 for draw in case.draws:
                     draw.allowed = self._framework_gap(case, draw)
@@ -109,21 +109,28 @@ class Cases:
 
     def _drawn(self, case: Case, kind: str, values: Sequence[torch.Tensor]) -> Draw:
         images = [slot.image(v) for slot, v in zip(case.slots, values, strict=True)]
-        reference = pool.operator(case.problem.op).reference(case.problem, Inputs(self._group.static, case.args))
-        drawn = Draw(kind, images, reference)
+        drawn = Draw(kind, images, self._reference(case))
         drawn.allowed = self._framework_gap(case, drawn)
         return drawn
 
-    def _framework_gap(self, case: Case, draw: Draw) -> Gap | None:
+    def _reference(self, case: Case) -> tuple[torch.Tensor, ...]:
+        operator = pool.operator(case.problem.op)
+        return parts(operator.reference(case.problem, Inputs(self._group.static, case.args)))
+
+    def _framework_gap(self, case: Case, draw: Draw) -> tuple[Gap | None, ...]:
         """Twice what the framework's own kernel gets wrong, so that none is held to more than it can do."""
         if self._group.framework is None:
-            return None
+            return (None,) * len(draw.reference)
         case.load(draw)
         try:
-            y = self._group.framework(*case.args)
+            ys = parts(self._group.framework(*case.args))
         except Exception:  # a size that the framework refuses is not asked of others
-            return NOBODY
-        wrong, found = gap_beside_non_finite(y, draw.reference, self._group.least, draw.ignored)
+            return (NOBODY,) * len(draw.reference)
+        least = self._group.least or (0.0,) * len(draw.reference)  # not yet known for the first draws of all
+        return tuple(self._allowed(case, draw, *each) for each in zip(ys, draw.reference, least, strict=True))
+
+    def _allowed(self, case: Case, draw: Draw, y: torch.Tensor, reference: torch.Tensor, least: float) -> Gap:
+        wrong, found = gap_beside_non_finite(y, reference, least, draw.ignored)
         if draw.extreme:
             return NOBODY if wrong or not math.isfinite(found.total) else found.times(2.0)
         default = pool.kernels()[pool.operator(case.problem.op).default]
@@ -165,13 +172,12 @@ class Cases:
     def _unfit(self, case: Case, draw: Draw, values: Sequence[torch.Tensor]) -> frozenset[Precision]:
         """Classes for which the answer is a matter of luck: a softmax of huge scores picks one by a hair."""
         generator = torch.Generator().manual_seed(self._seed)
-        operator = pool.operator(case.problem.op)
         unfit = set()
         for precision in [precision for precision in Precision for _ in range(3)]:
             for slot, v in zip(case.slots, values, strict=True):
                 slot.image(noisy(v, precision.limit / 2, generator))
-            y = operator.reference(case.problem, Inputs(self._group.static, case.args))
-            if gap(y, draw.reference, self._group.least, draw.ignored).over(precision, y.shape):
+            compared = zip(self._reference(case), draw.reference, self._group.least, strict=True)
+            if any(gap(*each, draw.ignored).over(precision, each[0].shape) for each in compared):
                 unfit.add(precision)
         return frozenset(unfit)
 
@@ -192,7 +198,7 @@ class Cases:
             self._problem = problem
         return self._own
 
-    def fresh_values(self, problem: Problem) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def fresh_values(self, problem: Problem) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """(other values of each dynamic tensor, their reference), at the problem's own size."""
         (own, *_) = self.at_own_size(problem)
         if self._fresh is None:

@@ -22,13 +22,23 @@ from typing import Any
 import torch
 
 from dks.dispatch import pool
-from dks.dispatch.kernel import Inputs, Kernel, Run, relative_error
+from dks.dispatch.kernel import Inputs, Kernel, Launch, parts, relative_error
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles import library
 from dks.profiler.cases import Cases, Group
 from dks.profiler.draws import Lent, tensors
 from dks.profiler.process_state import ProcessState
-from dks.profiler.trial import Case, Draw, Rejected, Trial, describe, expect_untouched, is_out_of_memory, rejected
+from dks.profiler.trial import (
+    Case,
+    Draw,
+    Rejected,
+    Trial,
+    describe,
+    equal,
+    expect_untouched,
+    is_out_of_memory,
+    rejected,
+)
 
 REPEATED_NUMEL = 2**20  # of an output: larger ones are computed once before timing, and once after it
 REPEATS = 8  # calls with changing inputs at a small and a medium size, for faults that come and go
@@ -72,7 +82,7 @@ class Checker:
         self._state = ProcessState()
         self._cases = Cases(seed)
         self._group = Group(())
-        self._known: dict[Candidate, tuple[Verdict, Run | None]] = {}
+        self._known: dict[Candidate, tuple[Verdict, Launch | None]] = {}
 
     def check(self, problem: Problem, candidate: Candidate) -> Verdict:
         """Whether ``candidate`` is right on ``problem``, on small sizes of the same weight, and beside its own.
@@ -105,7 +115,7 @@ class Checker:
         self,
         problem: Problem,
         candidate: Candidate,
-        run: Run,
+        run: Launch,
         static: tuple[Any, ...],
         dynamic: tuple[Any, ...],
     ) -> Verdict:
@@ -154,7 +164,9 @@ class Checker:
         stable = self._at_own_size(problem, kernel, run, verdict.errors)
         return known.stable and stable
 
-    def _on_the_weight(self, problem: Problem, kernel: Kernel, candidate: Candidate) -> tuple[Verdict, Run | None]:
+    def _on_the_weight(
+        self, problem: Problem, kernel: Kernel, candidate: Candidate
+    ) -> tuple[Verdict, Launch | None]:
         verdict = Verdict()
         try:
             run = self._bind(problem, kernel, candidate)
@@ -163,7 +175,7 @@ class Checker:
             return verdict.fail(found.status, _joined(self._cases.mend(), found.reason)), None
         return verdict, run
 
-    def _bind(self, problem: Problem, kernel: Kernel, candidate: Candidate) -> Run:
+    def _bind(self, problem: Problem, kernel: Kernel, candidate: Candidate) -> Launch:
         slots, static = self._cases.placed_static(problem, kernel)
         try:
             run = kernel.bind(problem, candidate.params, *static)
@@ -172,7 +184,7 @@ class Checker:
         expect_untouched(slots, "in bind")
         return run
 
-    def _battery(self, problem: Problem, kernel: Kernel, run: Run, errors: dict[str, float]) -> bool:
+    def _battery(self, problem: Problem, kernel: Kernel, run: Launch, errors: dict[str, float]) -> bool:
         """What needs no more than the weight: small sizes, addresses, repetitions, extreme values."""
         trial = self._trial(problem, kernel, run)
         stable = True
@@ -191,7 +203,7 @@ class Checker:
             for i in range(REPEATS):
                 trial.call(case, case.draws[i % len(case.draws)])
             same = [trial.call(case, case.draws[0]) for _ in range(3)]
-            stable &= all(torch.equal(same[0], y) for y in same[1:])
+            stable &= all(equal(same[0], ys) for ys in same[1:])
             trial.settle()
         for case in self._cases.named(problem, "extreme"):
             for draw in case.draws:
@@ -199,8 +211,8 @@ class Checker:
         (outliers,) = self._cases.named(problem, "outliers")
         # What outliers cost a kernel that quantises is recorded; whether that is too much, a policy says.
         quantises = kernel.precision[problem.trait("dtype")] in (Precision.INT8, Precision.INT4)
-        y = trial.call(outliers, outliers.draws[0], judge=not quantises)
-        found = relative_error(y, outliers.draws[0].reference)
+        ys = trial.call(outliers, outliers.draws[0], judge=not quantises)
+        found = relative_error(ys, outliers.draws[0].reference)
         if not math.isfinite(found):
             raise Rejected("wrong_result", "not finite on data with outliers")
         errors["outliers"] = found
@@ -208,15 +220,15 @@ class Checker:
         trial.finish()
         return stable
 
-    def _at_own_size(self, problem: Problem, kernel: Kernel, run: Run, errors: dict[str, float]) -> bool:
+    def _at_own_size(self, problem: Problem, kernel: Kernel, run: Launch, errors: dict[str, float]) -> bool:
         trial = self._trial(problem, kernel, run)
         own, *near = self._cases.at_own_size(problem)
-        y = trial.call(own, own.draws[0], judge=False)
-        errors["normal"] = trial.judge(own, own.draws[0], y, strict_total=True)
+        ys = trial.call(own, own.draws[0], judge=False)
+        errors["normal"] = trial.judge(own, own.draws[0], ys, strict_total=True)
         stable = True
-        if y.numel() <= REPEATED_NUMEL:
+        if ys[0].numel() <= REPEATED_NUMEL:
             again = trial.call(own, own.draws[0], judge=False)
-            stable = torch.equal(y, again)
+            stable = equal(ys, again)
             if not stable:
                 trial.judge(own, own.draws[0], again)
         trial.settle()
@@ -227,7 +239,7 @@ class Checker:
         return stable
 
     def _recheck(
-        self, problem: Problem, candidate: Candidate, run: Run, static: tuple[Any, ...], dynamic: tuple[Any, ...]
+        self, problem: Problem, candidate: Candidate, run: Launch, static: tuple[Any, ...], dynamic: tuple[Any, ...]
     ) -> bool:
         kernel = pool.kernels()[candidate.kernel]
         group = self._cases.enter(problem)
@@ -236,18 +248,18 @@ class Checker:
             t.data.copy_(value)  # not through the tensor itself: its version must not tell
         ours = zip(tensors(static), tensors(group.static), strict=True)
         if not all(torch.equal(t, own) for t, own in ours):
-            reference = pool.operator(problem.op).reference(problem, Inputs(static, dynamic))
+            reference = parts(pool.operator(problem.op).reference(problem, Inputs(static, dynamic)))
         lent = [Lent(t) for t in (*tensors(dynamic), *tensors(static))]
         trial = Trial(run, kernel.precision[problem.trait("dtype")], problem.trait("dtype"), group.least, lent)
         (own, *_) = self._cases.at_own_size(problem)
         fresh = Draw("after timing", [], reference, own.draws[0].allowed)
         case = Case(problem, [], dynamic, [fresh])
-        y, again = (trial.call(case, fresh) for _ in range(2))
+        ys, again = (trial.call(case, fresh) for _ in range(2))
         trial.settle()
         trial.finish()
-        return torch.equal(y, again)
+        return equal(ys, again)
 
-    def _trial(self, problem: Problem, kernel: Kernel, run: Run) -> Trial:
+    def _trial(self, problem: Problem, kernel: Kernel, run: Launch) -> Trial:
         static, _ = self._cases.placed_static(problem, kernel)
         dtype = problem.trait("dtype")
         return Trial(run, kernel.precision[dtype], dtype, self._group.least, static)

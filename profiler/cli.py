@@ -271,8 +271,8 @@ def doctor() -> int:
     )
     for name, reason in blind.items():
         click.echo(f"{'':>10}  not by {name}: {reason}")
-    compiler, why = find_compiler()
-    click.echo(f"{'compiler':>10}: {' '.join(compiler) or f'{why}: generated kernels can not be measured'}")
+    command, lack = find_compiler()
+    click.echo(f"{'compiler':>10}: {' '.join(command) or f'{lack}: generated kernels can not be measured'}")
     click.echo(f"{'compiled':>10}: kept in {build.cache()}")
     table = Table(title="kernels")
     for column in ("operator", "kernel", "precision", "weight form", "here"):

@@ -120,7 +120,7 @@ class Outcome:
     idle_s: float = 0.0
 
 
-def run_sweep(
+def run_sweep(  # noqa: PLR0913 - how a run reports is not what it does
     sweep: Sweep,
     folder: Path,
     *,

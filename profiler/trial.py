@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from dks.dispatch import pool
-from dks.dispatch.kernel import DTYPES, Declined, Run
+from dks.dispatch.kernel import DTYPES, Declined, Launch
 from dks.dispatch.problem import Precision, Problem
 from dks.profiler.draws import FLUSHED, NOT_FINITE, SCALED, Lent, Slot
 from dks.profiler.gaps import FEW, Gap, gap, gap_beside_non_finite
@@ -19,6 +19,9 @@ from dks.profiler.gaps import FEW, Gap, gap, gap_beside_non_finite
 POISONED_NUMEL = 2**20  # of an output: larger blocks go back to the system, and come back as zeros
 SETTLE_S = 0.001  # time given to work that was hidden on another thread
 NOBODY = Gap(math.inf, math.inf, math.inf, math.inf)  # allowed where the framework itself is wrong
+
+
+Tensors = tuple[torch.Tensor, ...]
 
 
 class Rejected(Exception):
@@ -36,15 +39,16 @@ class Draw:
     Attributes:
         kind: normal, outliers, or a name in SCALED or NOT_FINITE.
         images: bytes for each slot of its case.
-        reference: in float64.
-        allowed: errors that are the framework's as well; NOBODY where nobody is to be judged by this draw.
+        reference: in float64, each tensor of the output.
+        allowed: for each of them, errors that are the framework's as well; NOBODY where nobody is to be judged
+            by this draw.
         unfit: classes whose own noise changes the answer; finite where it should be is then enough.
     """
 
     kind: str
     images: list[torch.Tensor]
-    reference: torch.Tensor
-    allowed: Gap | None = None
+    reference: tuple[torch.Tensor, ...]
+    allowed: tuple[Gap | None, ...] = ()
     unfit: frozenset[Precision] = frozenset()
 
     @property
@@ -83,91 +87,115 @@ class Trial:
         run: the kernel.
         precision: its class for these activations.
         dtype: name of the activations' dtype, which the output must have.
-        least: root mean square of its outputs on normal data; see ``gap``.
+        least: root mean square of each tensor of its output on normal data; see ``gap``.
         static: its constant arguments, watched.
     """
 
     def __init__(
-        self, run: Run, precision: Precision, dtype: str, least: float, static: Sequence[Slot | Lent]
+        self,
+        run: Launch,
+        precision: Precision,
+        dtype: str,
+        least: tuple[float, ...],
+        static: Sequence[Slot | Lent],
     ) -> None:
         self._run = run
         self._precision = precision
         self._dtype = DTYPES[dtype]
         self._least = least
         self._static = static
-        self._kept: list[tuple[torch.Tensor, torch.Tensor, str]] = []
-        self._right: dict[int, torch.Tensor] = {}
+        self._kept: list[tuple[Tensors, Tensors, str]] = []
+        self._right: dict[int, Tensors] = {}
 
-    def call(self, case: Case, draw: Draw, judge: bool = True) -> torch.Tensor:
+    def call(self, case: Case, draw: Draw, judge: bool = True) -> Tensors:
         """Run once on ``draw``; the output stays alive, and must stay as it was returned, until ``settle``.
 
         Returns:
-            A copy of the output, made at once.
+            A copy of the output's tensors, made at once.
 
         Raises:
             Rejected: the call failed, or what it returned or did is wrong.
         """
         case.load(draw)
         where = f"on {draw}, {_sizes(case.problem)}"
-        _poison(draw.reference.shape, self._dtype)
+        for part in draw.reference:
+            _poison(part.shape, self._dtype)
         try:
-            y = self._run(*case.args)
+            output = self._run(*case.args)
         except Declined:
             if draw.extreme:
-                return torch.full_like(draw.reference, math.nan, dtype=self._dtype)
+                return tuple(torch.full_like(part, math.nan, dtype=self._dtype) for part in draw.reference)
             raise Rejected("failed", f"declined {where}") from None
         except BaseException as error:
             rejected(error, f" {where}")
-        self._expect_a_fresh_output(y, draw.reference.shape, case.slots, where)
-        copy = y.clone()
+        ys = self._fresh_tensors(output, draw, case.slots, where)
+        copy = tuple(y.clone() for y in ys)
         expect_untouched([*case.slots], where)
-        if self._kept and not _same(*self._kept[-1][:2]):
+        if self._kept and not all(map(_same, *self._kept[-1][:2])):
             raise Rejected("wrong_result", f"a call overwrote the output of the one before, {self._kept[-1][2]}")
-        self._kept.append((y, copy, where))
+        self._kept.append((ys, copy, where))
         if judge:
             self.judge(case, draw, copy)
         return copy
 
-    def judge(self, case: Case, draw: Draw, y: torch.Tensor, *, strict_total: bool = False) -> float:
-        """Compare an output with its reference.
+    def judge(self, case: Case, draw: Draw, ys: Tensors, *, strict_total: bool = False) -> float:
+        """Compare an output with its reference, tensor by tensor.
 
         Args:
             strict_total: whether the total error must be inside the class's limit, to the letter; else it is
                 given what chance and the framework's own error take.
 
         Returns:
-            The total error, ||y - reference|| / ||reference||; 0 where there was nothing to compare.
+            The largest total error, ||y - reference|| / ||reference||; 0 where there was nothing to compare.
 
         Raises:
             Rejected: the class does not allow the gap.
         """
         known = self._right.get(id(draw))
-        if draw.allowed is NOBODY or (known is not None and torch.equal(y, known)):
+        if known is not None and equal(ys, known):
             return 0.0
         where = f"on {draw}, {_sizes(case.problem)}"
+        judged = zip(ys, draw.reference, self._least, draw.allowed, strict=True)
+        totals = [
+            self._judge_one(draw, *each, strict_total, _named(i, ys) + where) for i, each in enumerate(judged)
+        ]
+        self._right[id(draw)] = ys
+        return max(totals)
+
+    def _judge_one(
+        self,
+        draw: Draw,
+        y: torch.Tensor,
+        reference: torch.Tensor,
+        least: float,
+        allowed: Gap | None,
+        strict_total: bool,
+        where: str,
+    ) -> float:
+        if allowed is NOBODY:
+            return 0.0
         # Infinity less infinity is NaN by accident; the bf16 attention of torch has numbers there.
         strict = self._precision is Precision.EXACT or draw.kind == "nan"
         if draw.extreme:
-            said, found = gap_beside_non_finite(y, draw.reference, self._least, draw.ignored, strict)
+            said, found = gap_beside_non_finite(y, reference, least, draw.ignored, strict)
         else:  # its reference is finite
-            said, found = "", gap(y, draw.reference, self._least, draw.ignored)
+            said, found = "", gap(y, reference, least, draw.ignored)
         limit = self._precision.limit
         if strict_total and y.numel() >= FEW and not found.total <= limit:
             said = f"error {found.total:.2e}, its class allows {limit:g}"
         elif self._precision in draw.unfit:
             said = said or ("" if math.isfinite(found.total) else "not finite")
         else:
-            said = said or found.over(self._precision, y.shape, draw.allowed)
+            said = said or found.over(self._precision, y.shape, allowed)
         if said:
             raise Rejected("wrong_result", f"{said}, {where}")
-        self._right[id(draw)] = y
         return found.total
 
     def settle(self) -> None:
         """Wait for hidden work; then every output must still be what it was when it was returned."""
         time.sleep(SETTLE_S)
-        for y, copy, where in self._kept:
-            if not _same(y, copy):
+        for ys, copy, where in self._kept:
+            if not all(map(_same, ys, copy)):
                 raise Rejected("wrong_result", f"its output changed after it was returned, {where}")
         self._kept.clear()
 
@@ -175,7 +203,23 @@ class Trial:
         """After the last call: the constant arguments must be what they were. Raises Rejected."""
         expect_untouched(self._static, "")
 
-    def _expect_a_fresh_output(self, y: object, shape: torch.Size, slots: Sequence[Slot], where: str) -> None:
+    def _fresh_tensors(self, output: object, draw: Draw, slots: Sequence[Slot], where: str) -> Tensors:
+        """The tensors of an output, each of them sound and with memory of its own."""
+        shapes = [part.shape for part in draw.reference]
+        if len(shapes) == 1:
+            output = (output,)
+        elif type(output) is not tuple or len(output) != len(shapes):
+            expected = f"expected a tuple of {len(shapes)} tensors"
+            raise Rejected("wrong_result", f"its output: found {type(output).__name__}, {expected}, {where}")
+        found: list[torch.Tensor] = []
+        for i, (y, shape) in enumerate(zip(output, shapes, strict=True)):
+            self._expect_a_fresh_tensor(y, shape, slots, found, _named(i, shapes) + where)
+            found.append(y)
+        return tuple(found)
+
+    def _expect_a_fresh_tensor(
+        self, y: object, shape: torch.Size, slots: Sequence[Slot], beside: Sequence[torch.Tensor], where: str
+    ) -> None:
         expected = f"expected a torch.Tensor {tuple(shape)} of {self._dtype} on cpu with memory of its own"
         if type(y) is not torch.Tensor:
             raise Rejected("wrong_result", f"its output: found {type(y).__name__}, {expected}, {where}")
@@ -195,7 +239,9 @@ class Trial:
             low, high = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
             if any(slot.overlaps(low, high) for slot in (*slots, *self._static)):
                 found = "memory of an input"
-            elif any(_overlap(low, high, kept) for kept, _, _ in self._kept):
+            elif any(_overlap(low, high, other) for other in beside):
+                found = "memory of another tensor of the same output"
+            elif any(_overlap(low, high, y) for kept, _, _ in self._kept for y in kept):
                 found = "memory of an earlier output that is still in use"
         if found:
             raise Rejected("wrong_result", f"its output: found {found}, {expected}, {where}")
@@ -238,6 +284,16 @@ def _poison(shape: torch.Size, dtype: torch.dtype) -> None:
     if shape.numel() <= POISONED_NUMEL:
         for block in [torch.full(shape, math.nan, dtype=dtype) for _ in range(2)]:
             del block
+
+
+def equal(ys: Tensors, others: Tensors) -> bool:
+    """Whether all numbers of two outputs are equal; NaN is not."""
+    return all(map(torch.equal, ys, others))
+
+
+def _named(index: int, outputs: Sequence[object]) -> str:
+    """Which of several tensors is meant, before the rest of a message."""
+    return f"output {index + 1} of {len(outputs)} " if len(outputs) > 1 else ""
 
 
 def _same(y: torch.Tensor, copy: torch.Tensor) -> bool:

@@ -16,6 +16,8 @@ from dks.dispatch.table import Group, Rule, Table
 EDGES: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "linear": ((1, 8, 64),),
     "layer_norm": ((1, 8, 64),),
+    "rms_norm": ((1, 8, 64),),
+    "softmax": ((1, 8, 64), (1, 16, 64)),
     "attention": ((1, 4), (1, 16, 64), (1, 16, 64)),
 }
 
@@ -34,7 +36,8 @@ def groups_for(op: str, candidate: Candidate, statics: Mapping[str, int], rule: 
         if kernel.objection(Problem.of(op, traits, dims)) is not None:
             continue
         align = kernel.alignment_for(traits["dtype"])
-        forms = ("direct",) if op == "attention" else ("prepared",) if kernel.form else ("prepared", "direct")
+        prepares = hasattr(operator.server, "prepare")
+        forms = ("direct",) if not prepares else ("prepared",) if kernel.form else ("prepared", "direct")
         groups += [
             Group(op, form, tuple(sorted(traits.items())), tuple(statics.items()), edges, {align: cells})
             for form in forms

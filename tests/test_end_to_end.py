@@ -32,8 +32,16 @@ SERVING = """
         before = model(x)
         print(served.optimize(model))
         assert torch.allclose(model(x), before, atol=1e-4)
-    hits = served.stats()["ops"]["linear"]["hits"]
-    assert sum(hits.values()) >= 2, served.stats()
+        w, r = torch.ones(64), torch.randn(5, 64)
+        norm = served.prepare_rms_norm(w)
+        for y, h in (served.rms_norm(x, (64,), w, residual=r), norm(x, r)):
+            assert torch.equal(h, x + r)
+            assert torch.allclose(y, torch.nn.functional.rms_norm(h, (64,), w), atol=1e-5)
+        assert torch.allclose(served.softmax(x), torch.softmax(x, -1), atol=1e-6)
+    for op, calls in (("linear", 2), ("rms_norm", 2), ("softmax", 1)):
+        hits = served.stats()["ops"][op]["hits"]
+        assert sum(hits.values()) >= calls, served.stats()
+    print(served.explain("softmax", m=5, n=64))
     print(served.explain("linear", m=5, n=64, k=64))
     forbidden = {"pandas", "pyarrow", "jinja2", "click", "rich", "pydantic", "yaml", "dks.profiler", "dks.codegen"}
     assert not forbidden & set(sys.modules), forbidden & set(sys.modules)

@@ -35,6 +35,15 @@ def layer_norm() -> Problem:
     return Problem.of("layer_norm", {"dtype": "float32", "affine": "yes"}, {"m": 9, "n": 24})
 
 
+def rms_norm(residual: str = "yes") -> Problem:
+    traits = {"dtype": "float32", "affine": "yes", "residual": residual}
+    return Problem.of("rms_norm", traits, {"m": 9, "n": 24})
+
+
+def softmax() -> Problem:
+    return Problem.of("softmax", {"dtype": "float32"}, {"m": 9, "n": 24})
+
+
 def attention(**traits: str) -> Problem:
     dims = {"b": 2, "q": 9, "kv": 9, "h": 4, "hkv": 2, "d": 8}
     return Problem.of(
@@ -118,6 +127,33 @@ def test_a_wrong_layer_norm_is_out(fresh: Checker, add: Add, name: str) -> None:
     expect_out(fresh.check(layer_norm(), add(wrong.LAYER_NORM[name], op="layer_norm")))
 
 
+@pytest.mark.parametrize("name", wrong.RMS_NORM)
+def test_a_wrong_rms_norm_with_residual_is_out(fresh: Checker, add: Add, name: str) -> None:
+    expect_out(fresh.check(rms_norm(), add(wrong.RMS_NORM[name], op="rms_norm")))
+
+
+def test_a_fault_in_one_of_two_outputs_is_told_by_its_number(fresh: Checker, add: Add) -> None:
+    for name, said in (("residual not added", "output 1 of 2"), ("h is x", "output 2 of 2")):
+        verdict = fresh.check(rms_norm(), add(wrong.RMS_NORM[name], op="rms_norm"))
+        assert verdict.status == "wrong_result" and said in verdict.reason, verdict
+
+
+def test_small_rows_of_a_pair_are_judged_beside_large_ones(fresh: Checker, add: Add) -> None:
+    """Where h is huge, its size must not excuse y, which is not."""
+
+    def compute(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+        h = x + r
+        return wrong.rms(h, w, eps) + 1e-3 * (float(h.abs().max()) > 2**30), h
+
+    verdict = fresh.check(rms_norm(), add(wrong.fused(compute), op="rms_norm"))
+    assert "output 1 of 2 on large values" in verdict.reason, verdict
+
+
+@pytest.mark.parametrize("name", wrong.SOFTMAX)
+def test_a_wrong_softmax_is_out(fresh: Checker, add: Add, name: str) -> None:
+    expect_out(fresh.check(softmax(), add(wrong.SOFTMAX[name], op="softmax")))
+
+
 @pytest.mark.parametrize("name", wrong.ATTENTION)
 def test_a_wrong_attention_is_out(fresh: Checker, add: Add, name: str) -> None:
     traits, bind = wrong.ATTENTION[name]
@@ -165,7 +201,10 @@ def test_the_recheck_alone_finds_it(fresh: Checker, add: Add, name: str) -> None
     assert verdict.poisoned is (name == "threads") or name == "late change"
 
 
-@pytest.mark.parametrize("problem", [linear(), linear("add"), layer_norm(), attention(mask="float")])
+@pytest.mark.parametrize(
+    "problem",
+    [linear(), linear("add"), layer_norm(), rms_norm(), softmax(), attention(mask="float")],
+)
 def test_a_right_kernel_passes_the_recheck(checker: Checker, problem: Problem) -> None:
     default = pool.kernels()[pool.operator(problem.op).default]
     run, static, dynamic = timed(problem, default.bind, 3)
@@ -312,16 +351,22 @@ LEAST = {"float32": 4, "bfloat16": 2}
 STATICS: dict[str, list[dict[str, int]]] = {
     "linear": [{"n": 65, "k": 33}, {"n": 64, "k": 128}],
     "layer_norm": [{"n": 33}, {"n": 2}],
+    "rms_norm": [{"n": 33}, {"n": 2}],
+    "softmax": [{}],
     "attention": [{"h": 2, "hkv": 1, "d": 16}],
 }
 MORE: dict[str, list[dict[str, int]]] = {
     "linear": [{"n": 1, "k": 1}, {"n": 384, "k": 384}, {"n": 3, "k": 4096}],
     "layer_norm": [{"n": 1}, {"n": 384}],
+    "rms_norm": [{"n": 1}, {"n": 384}],
+    "softmax": [],
     "attention": [{"h": 4, "hkv": 4, "d": 32}, {"h": 3, "hkv": 1, "d": 33}],
 }
 DYNAMIC: dict[str, list[dict[str, int]]] = {
     "linear": [{"m": 8}, {"m": 200}],
     "layer_norm": [{"m": 1}, {"m": 200}],
+    "rms_norm": [{"m": 1}, {"m": 200}],
+    "softmax": [{"m": 1, "n": 300}, {"m": 200, "n": 7}],
     "attention": [{"b": 1, "q": 33, "kv": 33}],
 }
 

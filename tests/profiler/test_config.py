@@ -95,12 +95,14 @@ def test_minilm_counts_the_calls_of_one_pass() -> None:
 
 
 def test_llama_bins_follow_the_recorded_traffic() -> None:
-    (linear,) = load(CONFIGS / "llama3-8b-linear.yaml").operators
+    linear, norm = load(CONFIGS / "llama3-8b-linear.yaml").operators
     assert linear.bins["m"].edges[:6] == (1, 2, 4, 8, 16, 32) and len(linear.bins["m"]) == 14
     assert linear.bins["m"].edges[-1] == 14064
     counted = [each.weight for each in linear.problems if each.problem.dim("n") == 14336]
     assert sum(counted) == pytest.approx(64)
     assert max(counted) < 2 * 64 / 8
+    assert norm.op == "rms_norm" and norm.bins == linear.bins
+    assert sum(each.weight for each in norm.problems) == pytest.approx(65)
 
 
 def test_a_good_config_says_what_it_says(folder: Path) -> None:

@@ -339,6 +339,34 @@ def one_pass(x: T, w: T, b: T, eps: float) -> T:
     return (x - mean) / ((x * x).mean(-1, keepdim=True) - 2 * mean * mean + eps).abs().sqrt() * w + b
 
 
+def fused(compute: Callable[..., Any]) -> Bind:
+    """``compute(x, r, weight, eps)``: the pair (y, h) of rms_norm with a residual."""
+    return lambda problem, params, weight, eps: lambda x, r: compute(x, r, weight, eps)
+
+
+def rms(h: T, w: T, eps: float) -> T:
+    return F.rms_norm(h, h.shape[-1:], w, eps)
+
+
+def sharing(x: T, r: T, w: T, eps: float) -> tuple[T, T]:
+    both = torch.stack((rms(x + r, w, eps), x + r))
+    return both[0], both[1]
+
+
+def in_place(x: T, r: T, w: T, eps: float) -> tuple[T, T]:
+    return rms(r.add_(x), w, eps), r.clone()
+
+
+def one_h(problem: Problem, params: object, weight: T, eps: float) -> Run:
+    buffers: dict[Any, T] = {}
+
+    def call(x: T, r: T) -> tuple[T, T]:
+        h = torch.add(x, r, out=buffers.setdefault(x.shape, torch.empty_like(x)))
+        return rms(h, weight, eps), h
+
+    return call
+
+
 def attention(compute: Callable[..., T]) -> Bind:
     return lambda problem, params: compute
 
@@ -543,6 +571,37 @@ LAYER_NORM: dict[str, Bind] = {
     "no mean": norm(lambda x, w, b, eps: F.rms_norm(x, x.shape[-1:], w, eps) + b),
     "wrong variance": norm(one_pass),
     "over the tensor": norm(lambda x, w, b, eps: F.layer_norm(x, x.shape, None, None, eps) * w + b),
+}
+
+RMS_NORM: dict[str, Bind] = {
+    "residual not added": fused(lambda x, r, w, eps: (rms(x, w, eps), x + r)),
+    "h is x": fused(lambda x, r, w, eps: (rms(x + r, w, eps), x.clone())),
+    "h not written": fused(lambda x, r, w, eps: (rms(x + r, w, eps), torch.empty_like(x))),
+    "h is y": fused(lambda x, r, w, eps: (rms(x + r, w, eps), rms(x + r, w, eps))),
+    "h rounded": fused(lambda x, r, w, eps: (rms(x + r, w, eps), (x + r).bfloat16().float())),
+    "h in bfloat16": fused(lambda x, r, w, eps: (rms(x + r, w, eps), (x + r).bfloat16())),
+    "h in x": fused(lambda x, r, w, eps: (rms(x + r, w, eps), x)),
+    "h in r": fused(in_place),
+    "h one row too few": fused(lambda x, r, w, eps: (rms(x + r, w, eps), (x + r)[:-1])),
+    "h in one buffer": one_h,
+    "pair in one memory": fused(sharing),
+    "pair swapped": fused(lambda x, r, w, eps: (x + r, rms(x + r, w, eps))),
+    "y alone": fused(lambda x, r, w, eps: rms(x + r, w, eps)),
+    "a list": fused(lambda x, r, w, eps: [rms(x + r, w, eps), x + r]),
+    "three outputs": fused(lambda x, r, w, eps: (rms(x + r, w, eps), x + r, r.clone())),
+    "no weight": fused(lambda x, r, w, eps: (rms(x + r, None, eps), x + r)),
+    "another eps": fused(lambda x, r, w, eps: (rms(x + r, w, 1e-3), x + r)),
+    "minus the mean": fused(lambda x, r, w, eps: (F.layer_norm(x + r, x.shape[-1:], w, None, eps), x + r)),
+}
+"""With a residual: most are wrong in one tensor of the pair alone."""
+
+SOFTMAX: dict[str, Bind] = {
+    "over rows": lambda problem, params: lambda x: torch.softmax(x, 0),
+    "no maximum": lambda problem, params: lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
+    "of absolute values": lambda problem, params: lambda x: torch.softmax(x.abs(), -1),
+    "logarithm": lambda problem, params: lambda x: torch.log_softmax(x, -1),
+    "base 2": lambda problem, params: lambda x: torch.softmax(x * math.log(2), -1),
+    "last column dropped": lambda problem, params: lambda x: F.pad(torch.softmax(x[:, :-1], -1), (0, 1)),
 }
 
 ATTENTION: dict[str, tuple[dict[str, str], Bind]] = {

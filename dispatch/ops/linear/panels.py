@@ -30,7 +30,7 @@ def shared(weight: torch.Tensor, key: tuple[object, ...], make: Callable[[], _T]
     Args:
         key: the form: element, panel, whatever else tells two forms apart.
     """
-    forms = _forms.setdefault(weight, {})
+    forms = _forms.setdefault(weight, {})  # type: ignore[no-untyped-call]
     key = (weight._version, *key)
     if key not in forms:
         forms[key] = make()

@@ -1,0 +1,90 @@
+"""What the servers of normalisation layers share: which calls are rows of a table, and the swap in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dks.dispatch.prepared import PreparedModule, parameter_objection
+from dks.dispatch.runtime import Plan, Swap
+from dks.dispatch.served import Server, tensors_objection
+from dks.dispatch.swap import bind_again, children, replace, swap_note
+
+
+class NormServer(Server):
+    """Base of the servers of layers that normalise the last dim alone."""
+
+    layer: type[nn.Module]  # what ``swap`` replaces
+    parameters: tuple[str, ...]  # names of all it holds, the weight first
+
+    def plan(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None) -> Plan:
+        """The table's plan for rows of ``n`` elements."""
+        raise NotImplementedError
+
+    def prepared(self, norm: nn.Module) -> PreparedModule:
+        """The layer that dispatches in the place of ``norm``."""
+        raise NotImplementedError
+
+    def swap(self, model: nn.Module) -> list[Swap]:
+        """Swap every layer of this kind that the table makes faster."""
+        if type(model) is self.layer:
+            return [Swap("", self.op, False, f"nothing holds the model itself: use prepare_{self.op}")]
+        swaps: list[Swap] = []
+        made: dict[nn.Module, PreparedModule] = {}  # one layer under two names stays one layer
+        for parent, name, where, child in children(model):
+            if isinstance(child, PreparedModule):
+                swaps += bind_again(self, where, child)
+            elif type(child) is self.layer:  # a subclass means something by being one
+                swaps.append(self._swap_one(parent, where, name, child, made))
+        return swaps
+
+    def _swap_one(
+        self, parent: nn.Module, where: str, name: str, norm: nn.Module, made: dict[nn.Module, PreparedModule]
+    ) -> Swap:
+        note = self._note(norm)
+        if note is not None:
+            return Swap(where, self.op, False, note)
+        layer = made.get(norm)
+        if layer is None:
+            weight = norm._parameters["weight"]
+            assert weight is not None  # ``_note`` saw it
+            n = weight.shape[0]
+            plan = self.plan("prepared", weight.dtype, n, weight)
+            if plan.find is None:
+                return Swap(where, self.op, False, f"n={n} {weight.dtype} is not in the table")
+            if not plan.changes_anything:
+                note = f"n={n}: the framework's own kernel is the choice everywhere"
+                return Swap(where, self.op, False, note)
+            layer = self.prepared(norm)
+            if not layer.gains:
+                return Swap(where, self.op, False, f"n={n}: the chosen kernels could not be bound")
+            made[norm] = layer
+        replace(parent, name, norm, layer)
+        return Swap(where, self.op, True, layer.describe())
+
+    def _note(self, norm: nn.Module) -> str | None:
+        """Why a layer must stay as it is, or None."""
+        weight, *bias = (norm._parameters.get(name) for name in self.parameters)
+        if weight is None or any(t is None for t in bias):
+            return "has no " + " or no ".join(self.parameters)
+        if norm.normalized_shape != weight.shape or weight.dim() != 1:
+            return f"normalises over {norm.normalized_shape}, expected the last dim alone"
+        return swap_note(norm, self.parameters) or parameter_objection(weight, *bias)
+
+
+def rows_objection(x: Any, normalized_shape: Sequence[int], *parameters: torch.Tensor | None) -> str | None:
+    """Why the framework must serve a functional call, or None where it normalises contiguous rows."""
+    if (reason := tensors_objection(x, *parameters)) is not None:
+        return reason
+    if not isinstance(normalized_shape, (tuple, list)):
+        return "shape"
+    shape = tuple(normalized_shape)
+    given = [t for t in parameters if t is not None]
+    if len(shape) != 1 or x.shape[-1:] != shape or any(t.shape != shape for t in given):
+        return "shape"
+    if shape[0] == 0:
+        return "zero_sized"
+    return None if all(t.is_contiguous() for t in (x, *given)) else "strides"

@@ -1,0 +1,172 @@
+"""Serving ``rms_norm``: the functional form, the prepared layer, and the swap inside a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dks.dispatch.ambient import grad_enabled, is_compiling, tensor_objection
+from dks.dispatch.kernel import Output
+from dks.dispatch.norms import NormServer, rows_objection
+from dks.dispatch.prepared import PreparedModule
+from dks.dispatch.problem import alignment
+from dks.dispatch.runtime import Plan
+from dks.dispatch.served import DTYPE_NAMES
+
+
+class RMSNormServer(NormServer):
+    """``NAME.rms_norm``, ``NAME.prepare_rms_norm`` and the swap of ``nn.RMSNorm``."""
+
+    op = "rms_norm"
+    layer = nn.RMSNorm
+    parameters = ("weight",)
+
+    def call(
+        self,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        eps: float | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> Output:
+        """``F.rms_norm`` for any tensors that it takes; dispatches where only the last dim is normalised.
+
+        Args:
+            x: (..., *normalized_shape).
+            normalized_shape: the trailing dims to normalise over.
+            weight: of ``normalized_shape``, or None.
+            eps: added to the mean of squares; None as the framework reads it.
+            residual: what is added to ``x`` first.
+
+        Returns:
+            y of x's shape; with a residual (y, h), where h = x + residual and y is of h.
+        """
+
+        def framework(*_: Any) -> Output:
+            return _framework(x, normalized_shape, weight, eps, residual)
+
+        reason = "compiling" if is_compiling() else rows_objection(x, normalized_shape, weight)
+        if reason is None and residual is not None:
+            reason = _residual_objection(x, residual)
+        if reason is not None:
+            self.runtime.counters.add(self.op, reason)
+            return framework()
+        n, fused = x.shape[-1], residual is not None
+        key = (x.dtype, weight is None, fused, n)
+        dispatch = self.direct(key, lambda: self.plan("direct", x.dtype, n, weight, fused), 2)
+        tensors = [t for t in (x, residual) if t is not None]
+        addresses = [t.data_ptr() for t in (*tensors, weight) if t is not None]
+        align = alignment(n * x.element_size(), *addresses)
+        return dispatch.serve(framework, align, (x.numel() // n,), *tensors, weight, eps)
+
+    def plan(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None, fused: bool = False) -> Plan:
+        """The table's plan for rows of ``n`` elements, ``fused`` with the addition of a residual."""
+        affine, residual = ("yes" if given else "no" for given in (weight is not None, fused))
+        traits = {"dtype": DTYPE_NAMES[dtype], "affine": affine, "residual": residual}
+        return self.runtime.plan(self.op, form, traits, {"n": n})
+
+    def prepare(self, weight: torch.Tensor, eps: float | None = None) -> PreparedRMSNorm:
+        """A module that dispatches: layer(x (..., n)) -> y (..., n), layer(x, residual) -> (y, h), weight (n,).
+
+        Raises:
+            ValueError: weight is not (n,).
+        """
+        if weight.dim() != 1:
+            raise ValueError(f"prepare_rms_norm: found weight {tuple(weight.shape)}, expected (n,)")
+        return PreparedRMSNorm(self, weight, eps)
+
+    def prepared(self, norm: nn.Module) -> PreparedRMSNorm:
+        """The layer that dispatches in the place of an ``nn.RMSNorm``."""
+        assert isinstance(norm, nn.RMSNorm)
+        return PreparedRMSNorm(self, norm.weight, norm.eps)
+
+
+class PreparedRMSNorm(PreparedModule):
+    """layer(x (..., n)) -> y (..., n), layer(x, residual) -> (y, h). Made by ``prepare_rms_norm``; see
+    ``PreparedModule``."""
+
+    weight: nn.Parameter
+    eps: float | None
+    _server: RMSNormServer
+
+    def __init__(self, server: RMSNormServer, weight: torch.Tensor, eps: float | None) -> None:
+        self.__dict__["eps"] = eps  # before the base binds, which needs it
+        self.__dict__["features"] = weight.shape[0]
+        super().__init__(server, weight, None)
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """input (..., n) -> y (..., n); with a residual of the same shape (y, h), where h = input + residual and
+        y is of h."""
+        if residual is None:
+            return super().forward(input)
+
+        def framework(*_: Any) -> Output:
+            return _framework(input, (self.features,), self.weight, self.eps, residual)
+
+        binding = self._binding
+        if is_compiling():
+            reason: str | None = "compiling"
+        elif binding is None or binding.fused is None:
+            reason = self._unbound
+        else:
+            reason = binding.objection(input, self._parameters.get("weight"), None)
+            reason = reason or _residual_objection(input, residual)
+            if reason is None:
+                bits = input.data_ptr() | residual.data_ptr() | binding.row_bits
+                rows = input.numel() // self.features
+                return binding.fused.serve(framework, bits & -bits, (rows,), input, residual)
+        self._server.count(str(reason))
+        return framework()
+
+    def plan(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Plan:
+        return self._server.plan("prepared", weight.dtype, self.features, weight)
+
+    def fused_plan(self, weight: torch.Tensor) -> Plan:
+        return self._server.plan("prepared", weight.dtype, self.features, weight, fused=True)
+
+    def constants(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> tuple[object, ...]:
+        return (weight, self.eps)
+
+    def row_bytes(self) -> int:
+        return self.features * self.weight.element_size()
+
+    def framework(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (self.features,), self.weight, self.eps)
+
+    def plain(self) -> nn.RMSNorm:
+        layer = nn.RMSNorm.__new__(nn.RMSNorm)
+        own = {"normalized_shape": (self.features,), "elementwise_affine": True}
+        layer.__dict__.update(self._attributes() | own)
+        del layer._parameters["bias"]
+        return layer
+
+    def extra_repr(self) -> str:
+        return f"n={self.features} eps={self.eps}"
+
+
+def _framework(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    eps: float | None,
+    residual: torch.Tensor | None,
+) -> Output:
+    if residual is None:
+        return F.rms_norm(x, normalized_shape, weight, eps)
+    h = x + residual
+    return F.rms_norm(h, normalized_shape, weight, eps), h
+
+
+def _residual_objection(x: torch.Tensor, residual: torch.Tensor) -> str | None:
+    """Why the framework must add this residual to ``x``, to which nothing was objected; or None."""
+    if (reason := tensor_objection(residual, x.dtype)) is not None:
+        return reason
+    if grad_enabled() and residual.requires_grad:
+        return "gradient"
+    if residual.shape != x.shape:
+        return "shape"
+    return None if residual.is_contiguous() else "strides"

@@ -1,0 +1,55 @@
+"""Serving ``softmax``: the functional form alone; a module in front of it would have nothing to prepare."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dks.dispatch.ambient import is_compiling
+from dks.dispatch.problem import alignment
+from dks.dispatch.runtime import Plan, Swap
+from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+
+
+class SoftmaxServer(Server):
+    """``NAME.softmax``."""
+
+    op = "softmax"
+
+    def call(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """``torch.softmax`` for any tensor that it takes; dispatches over the last dim.
+
+        Args:
+            x: (..., n).
+            dim: what to sum over.
+        """
+
+        def framework(x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(x, dim)
+
+        reason = "compiling" if is_compiling() else _objection(x, dim)
+        if reason is not None:
+            self.runtime.counters.add(self.op, reason)
+            return framework(x)
+        n = x.shape[-1]
+        dispatch = self.direct((x.dtype,), lambda: self._plan(x.dtype), 0)
+        return dispatch.serve(framework, alignment(x.data_ptr()), (x.numel() // n, n), x)
+
+    def _plan(self, dtype: torch.dtype) -> Plan:
+        return self.runtime.plan(self.op, "direct", {"dtype": DTYPE_NAMES[dtype]}, {})
+
+    def swap(self, model: nn.Module) -> list[Swap]:  # noqa: ARG002 - as the base has it
+        """Nothing: a table serves the calls that ask it by name."""
+        return []
+
+
+def _objection(x: torch.Tensor, dim: object) -> str | None:
+    if (reason := tensors_objection(x)) is not None:
+        return reason
+    if x.dim() < 1:
+        return "shape"
+    if type(dim) is not int or dim not in (-1, x.dim() - 1):
+        return "dim"
+    if x.shape[-1] == 0:
+        return "zero_sized"
+    return None if x.is_contiguous() else "strides"
