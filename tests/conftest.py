@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from dks.dispatch import pool
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Rule, Table
+from dks.dispatch.tiles import build, library
+from dks.dispatch.tiles.unit import Unit
 
 EDGES: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "linear": ((1, 8, 64),),
@@ -64,6 +67,17 @@ def route() -> Route:
         return Runtime("t", Table(tuple(rules), tuple(groups.values())), **options)  # type: ignore[arg-type]
 
     return make
+
+
+def _compiled(unit: Unit) -> Path:
+    """Where a generated kernel is; compiled by the first test that needs it."""
+    build.build([unit])
+    return build.locate(unit)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _generated_kernels() -> None:
+    library.look_in(_compiled)
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dks.dispatch.ambient import grad_enabled, is_compiling, tensor_objection
+from dks.dispatch.ambient import is_compiling
 from dks.dispatch.kernel import Output
 from dks.dispatch.norms import NormServer, rows_objection
 from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Plan
-from dks.dispatch.served import DTYPE_NAMES
+from dks.dispatch.served import DTYPE_NAMES, residual_objection
 
 
 class RMSNormServer(NormServer):
@@ -51,7 +51,7 @@ class RMSNormServer(NormServer):
 
         reason = "compiling" if is_compiling() else rows_objection(x, normalized_shape, weight)
         if reason is None and residual is not None:
-            reason = _residual_objection(x, residual)
+            reason = residual_objection(residual, x, x.shape[-1])
         if reason is not None:
             self.runtime.counters.add(self.op, reason)
             return framework()
@@ -113,8 +113,7 @@ class PreparedRMSNorm(PreparedModule):
         elif binding is None or binding.fused is None:
             reason = self._unbound
         else:
-            reason = binding.objection(input, self._parameters.get("weight"), None)
-            reason = reason or _residual_objection(input, residual)
+            reason = binding.objection(input, residual, self._parameters.get("weight"), None)
             if reason is None:
                 bits = input.data_ptr() | residual.data_ptr() | binding.row_bits
                 rows = input.numel() // self.features
@@ -159,14 +158,3 @@ def _framework(
         return F.rms_norm(x, normalized_shape, weight, eps)
     h = x + residual
     return F.rms_norm(h, normalized_shape, weight, eps), h
-
-
-def _residual_objection(x: torch.Tensor, residual: torch.Tensor) -> str | None:
-    """Why the framework must add this residual to ``x``, to which nothing was objected; or None."""
-    if (reason := tensor_objection(residual, x.dtype)) is not None:
-        return reason
-    if grad_enabled() and residual.requires_grad:
-        return "gradient"
-    if residual.shape != x.shape:
-        return "shape"
-    return None if residual.is_contiguous() else "strides"
