@@ -37,14 +37,13 @@ class FmaTile:
     pack: int = 0
     pf: int = 0
 
-    def objection(self, isa: str, dtype: str) -> str | None:
-        """Why there is no such kernel, or None."""
+    def check(self, isa: str) -> None:
+        """Raise ValueError where there is no such kernel."""
         _, _, registers = _VECTORS[isa]
         if self.mr * self.nv + self.nv + 1 > registers:
-            return f"accumulators, a row of weights and a broadcast of x take more than {registers} registers"
-        if dtype == "bfloat16" and not self.pack:
-            return "a 16-bit element can't be broadcast as a float: x is widened while it is packed"
-        return None
+            raise ValueError(
+                f"{self}: accumulators, a row of weights and a broadcast of x take more than {registers} registers"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,9 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
 
     def unit(problem: Problem, params: Params) -> Unit:
         p, x = dict(params), problem.trait("dtype")
-        constants = (p["mr"], p["nv"], p["kc"], ("false", "true")[p["pack"]], p["pf"])
+        # A 16-bit element can't be broadcast as a float: x is widened while it is packed.
+        packs = p["pack"] or x != "float32"
+        constants = (p["mr"], p["nv"], p["kc"], ("false", "true")[packs], p["pf"])
         arguments = ", ".join(map(str, (vector, _ELEMENTS[x], weights.cpp, *constants)))
         name = "_".join(f"{key}{value}" for key, value in params if key != "t")
         return Unit(
@@ -97,9 +98,8 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
 
     def suits(problem: Problem, params: Params) -> str | None:
         p, m = dict(params), problem.dim("m")
-        tile = FmaTile(p["mr"], p["nv"], p["kc"], p["pack"], p["pf"])
-        if (why := tile.objection(isa, problem.trait("dtype"))) is not None:
-            return why
+        if problem.trait("dtype") != "float32" and not p["pack"]:
+            return "16-bit activations are packed always: pack1 is the same kernel"
         if weights is W8 and m > _FEW:
             return f"more than {_FEW} rows are not bound by reading the weights"
         if p["kc"] > 0 and problem.dim("k") <= p["kc"]:
@@ -111,6 +111,8 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
             return "this CPU has AVX-512: its kernels are these with vectors twice as wide"
         return ISAS[isa].unavailable()
 
+    for tile in tiles:
+        tile.check(isa)
     widest = max(tile.nv for tile in tiles) * width
     return Kernel(
         id=f"tile.{weights.name}_{isa}",
