@@ -13,7 +13,7 @@ import torch
 from dks.dispatch import pool
 from dks.dispatch.kernel import DTYPES, Declined, Launch
 from dks.dispatch.problem import Precision, Problem
-from dks.profiler.draws import FLUSHED, NOT_FINITE, SCALED, Lent, Slot
+from dks.profiler.draws import FLUSHED, NOT_FINITE, SCALED, Lent, Slot, same
 from dks.profiler.gaps import FEW, Gap, gap, gap_beside_non_finite
 
 POISONED_NUMEL = 2**20  # of an output: larger blocks go back to the system, and come back as zeros
@@ -131,7 +131,7 @@ class Trial:
         ys = self._fresh_tensors(output, draw, case.slots, where)
         copy = tuple(y.clone() for y in ys)
         expect_untouched([*case.slots], where)
-        if self._kept and not all(map(_same, *self._kept[-1][:2])):
+        if self._kept and not all(map(same, *self._kept[-1][:2])):
             raise Rejected("wrong_result", f"a call overwrote the output of the one before, {self._kept[-1][2]}")
         self._kept.append((ys, copy, where))
         if judge:
@@ -195,7 +195,7 @@ class Trial:
         """Wait for hidden work; then every output must still be what it was when it was returned."""
         time.sleep(SETTLE_S)
         for ys, copy, where in self._kept:
-            if not all(map(_same, ys, copy)):
+            if not all(map(same, ys, copy)):
                 raise Rejected("wrong_result", f"its output changed after it was returned, {where}")
         self._kept.clear()
 
@@ -294,12 +294,6 @@ def equal(ys: Tensors, others: Tensors) -> bool:
 def _named(index: int, outputs: Sequence[object]) -> str:
     """Which of several tensors is meant, before the rest of a message."""
     return f"output {index + 1} of {len(outputs)} " if len(outputs) > 1 else ""
-
-
-def _same(y: torch.Tensor, copy: torch.Tensor) -> bool:
-    if torch.equal(y, copy):
-        return True
-    return torch.equal(y.isnan(), copy.isnan()) and torch.equal(y.nan_to_num(), copy.nan_to_num())
 
 
 def _overlap(low: int, high: int, other: torch.Tensor) -> bool:

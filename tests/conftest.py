@@ -22,6 +22,7 @@ EDGES: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "rms_norm": ((1, 8, 64),),
     "softmax": ((1, 8, 64), (1, 16, 64)),
     "attention": ((1, 4), (1, 16, 64), (1, 16, 64)),
+    "paged_attention": ((1, 4), (1, 16, 64)),
 }
 
 Route = Callable[..., Runtime]

@@ -38,10 +38,17 @@ SERVING = """
             assert torch.equal(h, x + r)
             assert torch.allclose(y, torch.nn.functional.rms_norm(h, (64,), w), atol=1e-5)
         assert torch.allclose(served.softmax(x), torch.softmax(x, -1), atol=1e-6)
+        q, cache = torch.randn(2, 2, 16), torch.randn(5, 16, 1, 16)
+        y = served.paged_attention(q, cache, cache, torch.tensor([[3, 1], [4, -1]]), torch.tensor([20, 7]))
+        keys = cache[[3, 1]].reshape(1, 32, 16)[:, :20]
+        alone = torch.nn.functional.scaled_dot_product_attention(q[:1], keys, keys)
+        assert torch.allclose(y[:1], alone, atol=1e-4)
     for op, calls in (("linear", 2), ("rms_norm", 2), ("softmax", 1)):
         hits = served.stats()["ops"][op]["hits"]
         assert sum(hits.values()) >= calls, served.stats()
     print(served.explain("softmax", m=5, n=64))
+    ops = served.stats()["ops"]
+    assert ops["paged_attention"] == {"hits": {"bin": 1}, "fallbacks": {}}, ops
     print(served.explain("linear", m=5, n=64, k=64))
     forbidden = {"pandas", "pyarrow", "jinja2", "click", "rich", "pydantic", "yaml", "dks.profiler", "dks.codegen"}
     assert not forbidden & set(sys.modules), forbidden & set(sys.modules)
