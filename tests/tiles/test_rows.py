@@ -69,7 +69,9 @@ def call(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y and x + residual, with everything at its offset, and nothing written but what should be."""
     m, n = x.shape
-    inputs = [None if t is None else place(t, o) for t, o in zip((x, weight, bias, residual), offsets, strict=False)]
+    inputs = [
+        None if t is None else place(t, o) for t, o in zip((x, weight, bias, residual), offsets, strict=False)
+    ]
     copies = [None if t is None else t.clone() for t in inputs]
     y, total = place(torch.full_like(x, 7.0), offsets[4]), place(torch.full_like(x, 7.0), offsets[5])
     at = [None if t is None else t.data_ptr() for t in inputs]
