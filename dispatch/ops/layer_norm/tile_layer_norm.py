@@ -1,0 +1,82 @@
+"""Generated layer_norms (``tiles/rows.hpp``).
+
+Four rows go together. ``ahead`` fetches the next ones while these are written, which pays where x comes from beyond
+the second cache and costs a little where it does not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from dks.dispatch.kernel import DTYPES, Kernel, Params, Run
+from dks.dispatch.problem import Precision, Problem
+from dks.dispatch.tiles import library, threads
+from dks.dispatch.tiles.isa import ISAS
+from dks.dispatch.tiles.unit import Unit
+
+HEADER = "rows.hpp"
+_ROWS, _UNROLL = 4, 2  # within 5 % of the best of 1 to 8 rows by 1 to 8 vectors
+_VECTORS = {"avx2": "dks::Avx2", "avx512": "dks::Avx512"}
+_ELEMENTS = {"float32": "float", "bfloat16": "dks::bf16"}
+_WORK = 16  # multiply-adds that take as long as normalising one element
+
+
+def layer_norm(isa: str) -> Kernel:
+    """The kernel ``tile.layer_norm_<isa>``."""
+
+    def unit(problem: Problem, params: Params) -> Unit:
+        dtype, ahead = problem.trait("dtype"), dict(params)["ahead"]
+        constants = (_VECTORS[isa], _ELEMENTS[dtype], _UNROLL, _ROWS, ("false", "true")[ahead])
+        template = f"dks::LayerNorm<{', '.join(map(str, constants))}>"
+        return Unit(f"dks_layer_norm_{isa}_{dtype}_ahead{ahead}", isa, "norm", HEADER, template)
+
+    def bind(
+        problem: Problem, params: Params, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    ) -> Run:
+        """weight (n,), bias (n,) or None, of x's dtype -> run(x (..., n)) -> (..., n).
+
+        Raises:
+            ValueError: weight or bias has another shape or dtype.
+            Missing: there is no compiled form of it.
+        """
+        n, dtype = problem.dim("n"), DTYPES[problem.trait("dtype")]
+        kept = tuple(None if t is None else t.detach().contiguous() for t in (weight, bias))
+        for name, t in zip(("weight", "bias"), kept, strict=True):
+            if t is not None and (t.dtype != dtype or t.shape != (n,)):
+                raise ValueError(f"{name}: found {tuple(t.shape)} {t.dtype}, expected ({n},) {dtype}")
+        addresses = (None if t is None else t.data_ptr() for t in kept)
+        constant = library.Norm(*addresses, n, eps, dict(params)["t"])
+        call, given, empty_like = library.function(unit(problem, params)), ctypes.byref(constant), torch.empty_like
+
+        # What the addresses point to must outlive the function: its defaults hold it.
+        def run(x: torch.Tensor, _kept: object = kept) -> torch.Tensor:
+            y = empty_like(x)
+            call(given, x.data_ptr(), None, y.data_ptr(), None, x.numel() // n)
+            return y
+
+        return run
+
+    def unavailable() -> str | None:
+        if isa == "avx2" and ISAS["avx512"].unavailable() is None:
+            return "this CPU has AVX-512: its kernels are these with vectors twice as wide"
+        return ISAS[isa].unavailable()
+
+    return Kernel(
+        id=f"tile.layer_norm_{isa}",
+        op="layer_norm",
+        precision={"float32": Precision.EXACT, "bfloat16": Precision.BF16},
+        bind=bind,
+        form="the addresses of weight and bias",  # a form, since binding takes longer than a small call
+        form_bytes=lambda _: ctypes.sizeof(library.Norm),
+        params=tuple((("ahead", ahead), ("t", t)) for ahead in (0, 1) for t in threads.COUNTS),
+        unit=unit,
+        header=HEADER,
+        suits=lambda p, params: threads.objection(params, _WORK * p.dim("m") * p.dim("n")),
+        unavailable=unavailable,
+        rank=3,
+    )
+
+
+KERNELS = (layer_norm("avx512"), layer_norm("avx2"))
