@@ -227,7 +227,7 @@ struct Decode {
     static void multiply(const Task& t, int64_t j, float (&scores)[R][BLOCK]) {
       V sum[W];
       const int64_t whole = t.d / PAIR * PAIR;
-#pragma GCC unroll 16
+#pragma GCC unroll 1
       for (int key = 0; key < KEYS; ++key) {
         const X* k = t.k + t.block.k[j + key];
         prefetch(t.k + t.ahead.k[j + key], t.d);
