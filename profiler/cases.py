@@ -12,7 +12,7 @@ import torch
 from dks.dispatch import pool
 from dks.dispatch.kernel import Inputs, Kernel, Run
 from dks.dispatch.problem import MAX_ALIGNMENT, Precision, Problem
-from dks.profiler.draws import NOT_FINITE, SCALED, Slot, is_mask, noisy, place, redrawn, tensors
+from dks.profiler.draws import NOT_FINITE, SCALED, Slot, has_values, noisy, place, redrawn, tensors
 from dks.profiler.gaps import Gap, gap, gap_beside_non_finite, size_of
 from dks.profiler.trial import NOBODY, Case, Draw
 
@@ -154,7 +154,7 @@ class Cases:
         normal = [t.clone() for t in tensors(case.args)]
         case.draws = []
         for kind, change in SCALED.items():
-            values = [t if is_mask(t) else change(t) for t in normal]
+            values = [change(t) if has_values(t) else t for t in normal]
             draw = self._drawn(case, kind, values)
             draw.unfit = self._unfit(case, draw, values)
             case.draws.append(draw)

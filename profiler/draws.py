@@ -71,7 +71,7 @@ class Lent:
 
     def fault(self) -> str:
         """As a slot's, without the guards."""
-        return "" if torch.equal(self.tensor, self._held) else "changed its input"
+        return "" if same(self.tensor, self._held) else "changed its input"
 
     def overlaps(self, low: int, high: int) -> bool:
         """As a slot's."""
@@ -91,15 +91,34 @@ def tensors(args: Sequence[Any]) -> list[torch.Tensor]:
     return [a for a in args if isinstance(a, torch.Tensor)]
 
 
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values; NaN is the same as NaN."""
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 def is_mask(t: torch.Tensor) -> bool:
     """Whether it hides things: it is boolean, or holds zero and minus infinity alone."""
-    return t.dtype == torch.bool or bool(((t == 0) | (t == -math.inf)).all())
+    return t.dtype == torch.bool or (t.is_floating_point() and bool(((t == 0) | (t == -math.inf)).all()))
+
+
+def has_values(t: torch.Tensor) -> bool:
+    """Whether it holds activations. Masks do not, nor do integers: they say where values are, and how many."""
+    return t.is_floating_point() and not is_mask(t)
 
 
 def redrawn(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Other values of the same distribution: shuffled, with random signs. A mask gets rows that differ."""
+    """Other values of the same distribution: shuffled, with random signs. A mask gets rows that differ.
+
+    NaN stays where it is: an operator's inputs have it where nothing may be read. Integers stay as they are.
+    """
     if is_mask(t):
         return _varied(t, generator)
+    if not has_values(t):
+        return t.clone()
+    if bool((unread := t.isnan()).any()):
+        t = t.clone()
+        t[~unread] = redrawn(t[~unread], generator)
+        return t
     order = torch.randperm(t.numel(), generator=generator)
     signs = torch.randint(0, 2, t.shape, generator=generator).to(t.dtype).mul_(2).sub_(1)
     # At least one sign differs from what was there, so that a single number changes as well.

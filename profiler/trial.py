@@ -13,7 +13,7 @@ import torch
 from dks.dispatch import pool
 from dks.dispatch.kernel import DTYPES, Declined, Run
 from dks.dispatch.problem import Precision, Problem
-from dks.profiler.draws import FLUSHED, NOT_FINITE, SCALED, Lent, Slot
+from dks.profiler.draws import FLUSHED, NOT_FINITE, SCALED, Lent, Slot, same
 from dks.profiler.gaps import FEW, Gap, gap, gap_beside_non_finite
 
 POISONED_NUMEL = 2**20  # of an output: larger blocks go back to the system, and come back as zeros
@@ -121,7 +121,7 @@ class Trial:
         self._expect_a_fresh_output(y, draw.reference.shape, case.slots, where)
         copy = y.clone()
         expect_untouched([*case.slots], where)
-        if self._kept and not _same(*self._kept[-1][:2]):
+        if self._kept and not same(*self._kept[-1][:2]):
             raise Rejected("wrong_result", f"a call overwrote the output of the one before, {self._kept[-1][2]}")
         self._kept.append((y, copy, where))
         if judge:
@@ -167,7 +167,7 @@ class Trial:
         """Wait for hidden work; then every output must still be what it was when it was returned."""
         time.sleep(SETTLE_S)
         for y, copy, where in self._kept:
-            if not _same(y, copy):
+            if not same(y, copy):
                 raise Rejected("wrong_result", f"its output changed after it was returned, {where}")
         self._kept.clear()
 
@@ -238,12 +238,6 @@ def _poison(shape: torch.Size, dtype: torch.dtype) -> None:
     if shape.numel() <= POISONED_NUMEL:
         for block in [torch.full(shape, math.nan, dtype=dtype) for _ in range(2)]:
             del block
-
-
-def _same(y: torch.Tensor, copy: torch.Tensor) -> bool:
-    if torch.equal(y, copy):
-        return True
-    return torch.equal(y.isnan(), copy.isnan()) and torch.equal(y.nan_to_num(), copy.nan_to_num())
 
 
 def _overlap(low: int, high: int, other: torch.Tensor) -> bool:

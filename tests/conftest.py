@@ -17,6 +17,7 @@ EDGES: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "linear": ((1, 8, 64),),
     "layer_norm": ((1, 8, 64),),
     "attention": ((1, 4), (1, 16, 64), (1, 16, 64)),
+    "paged_attention": ((1, 4), (1, 16, 64)),
 }
 
 Route = Callable[..., Runtime]
@@ -34,7 +35,9 @@ def groups_for(op: str, candidate: Candidate, statics: Mapping[str, int], rule: 
         if kernel.objection(Problem.of(op, traits, dims)) is not None:
             continue
         align = kernel.alignment_for(traits["dtype"])
-        forms = ("direct",) if op == "attention" else ("prepared",) if kernel.form else ("prepared", "direct")
+        forms = (
+            ("direct",) if op.endswith("attention") else ("prepared",) if kernel.form else ("prepared", "direct")
+        )
         groups += [
             Group(op, form, tuple(sorted(traits.items())), tuple(statics.items()), edges, {align: cells})
             for form in forms

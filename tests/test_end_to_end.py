@@ -32,8 +32,14 @@ SERVING = """
         before = model(x)
         print(served.optimize(model))
         assert torch.allclose(model(x), before, atol=1e-4)
-    hits = served.stats()["ops"]["linear"]["hits"]
-    assert sum(hits.values()) >= 2, served.stats()
+        q, cache = torch.randn(2, 2, 16), torch.randn(5, 16, 1, 16)
+        y = served.paged_attention(q, cache, cache, torch.tensor([[3, 1], [4, -1]]), torch.tensor([20, 7]))
+        keys = cache[[3, 1]].reshape(1, 32, 16)[:, :20]
+        alone = torch.nn.functional.scaled_dot_product_attention(q[:1], keys, keys)
+        assert torch.allclose(y[:1], alone, atol=1e-4)
+    ops = served.stats()["ops"]
+    assert sum(ops["linear"]["hits"].values()) >= 2, ops
+    assert ops["paged_attention"] == {"hits": {"bin": 1}, "fallbacks": {}}, ops
     print(served.explain("linear", m=5, n=64, k=64))
     forbidden = {"pandas", "pyarrow", "jinja2", "click", "rich", "pydantic", "yaml", "dks.profiler", "dks.codegen"}
     assert not forbidden & set(sys.modules), forbidden & set(sys.modules)

@@ -12,7 +12,7 @@ from dks.dispatch.problem import Candidate, Problem
 
 
 def test_operators_are_the_folders() -> None:
-    assert set(pool.operators()) == {"attention", "layer_norm", "linear"}
+    assert set(pool.operators()) == {"attention", "layer_norm", "linear", "paged_attention"}
     for name, operator in pool.operators().items():
         assert operator.name == name and set(operator.dynamic) <= set(operator.dims)
         assert set(operator.static) | set(operator.dynamic) == set(operator.dims)
@@ -22,7 +22,9 @@ def test_operators_are_the_folders() -> None:
 
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
-    with pytest.raises(KeyError, match="found 'conv', expected one of attention, layer_norm, linear"):
+    with pytest.raises(
+        KeyError, match="found 'conv', expected one of attention, layer_norm, linear, paged_attention"
+    ):
         pool.operator("conv")
 
 

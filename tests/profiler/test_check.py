@@ -17,6 +17,7 @@ from dks.dispatch import pool
 from dks.dispatch.kernel import Declined, Kernel, Run, relative_error
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.profiler.check import Checker, Verdict
+from dks.profiler.draws import same, tensors
 from dks.profiler.gaps import gap
 from tests.profiler import wrong_kernels as wrong
 
@@ -40,6 +41,11 @@ def attention(**traits: str) -> Problem:
     return Problem.of(
         "attention", {"dtype": "float32", "mask": "none", "causal": "no", "layout": "bhsd"} | traits, dims
     )
+
+
+def paged() -> Problem:
+    dims = {"b": 3, "kv": 37, "h": 4, "hkv": 2, "d": 8, "page": 8}
+    return Problem.of("paged_attention", {"dtype": "float32"}, dims)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,8 +125,13 @@ def test_a_wrong_attention_is_out(fresh: Checker, add: Add, name: str) -> None:
     expect_out(fresh.check(attention(**traits), add(bind, op="attention")))
 
 
+@pytest.mark.parametrize("name", wrong.PAGED)
+def test_a_wrong_paged_attention_is_out(fresh: Checker, add: Add, name: str) -> None:
+    expect_out(fresh.check(paged(), add(wrong.PAGED[name], op="paged_attention")))
+
+
 def test_there_are_enough_of_them() -> None:
-    kinds = (wrong.LINEAR, wrong.LATER, wrong.GELU, wrong.LAYER_NORM, wrong.ATTENTION)
+    kinds = (wrong.LINEAR, wrong.LATER, wrong.GELU, wrong.LAYER_NORM, wrong.ATTENTION, wrong.PAGED)
     assert sum(len(kind) for kind in kinds) >= 55
 
 
@@ -160,15 +171,16 @@ def test_the_recheck_alone_finds_it(fresh: Checker, add: Add, name: str) -> None
     assert verdict.poisoned is (name == "threads") or name == "late change"
 
 
-@pytest.mark.parametrize("problem", [linear(), layer_norm(), attention(mask="float")], ids=lambda p: p.op)
+@pytest.mark.parametrize("problem", [linear(), layer_norm(), attention(mask="float"), paged()], ids=lambda p: p.op)
 def test_a_right_kernel_passes_the_recheck(checker: Checker, problem: Problem) -> None:
     default = pool.kernels()[pool.operator(problem.op).default]
     run, static, dynamic = timed(problem, default.bind, 3)
-    before = [t.clone() for t in dynamic if isinstance(t, torch.Tensor)]
+    before = [t.clone() for t in tensors(dynamic)]
     verdict = checker.recheck(problem, Candidate(default.id), run, static, dynamic)
     assert (verdict.status, verdict.stable, verdict.poisoned) == ("ok", True, False), verdict
-    after = [t for t in dynamic if isinstance(t, torch.Tensor)]
-    assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True)), "the values are others"
+    for old, new in zip(before, tensors(dynamic), strict=True):
+        assert same(old, new) is not new.is_floating_point(), "the values are others; integers stay"
+        assert torch.equal(old.isnan(), new.isnan()), "what may not be read stays where it is"
 
 
 def test_a_process_that_changed_while_timing_is_poisoned(fresh: Checker, add: Add) -> None:
@@ -308,16 +320,19 @@ STATICS: dict[str, list[dict[str, int]]] = {
     "linear": [{"n": 65, "k": 33}, {"n": 64, "k": 128}],
     "layer_norm": [{"n": 33}, {"n": 2}],
     "attention": [{"h": 2, "hkv": 1, "d": 16}],
+    "paged_attention": [{"h": 2, "hkv": 1, "d": 16, "page": 16}],
 }
 MORE: dict[str, list[dict[str, int]]] = {
     "linear": [{"n": 1, "k": 1}, {"n": 384, "k": 384}, {"n": 3, "k": 4096}],
     "layer_norm": [{"n": 1}, {"n": 384}],
     "attention": [{"h": 4, "hkv": 4, "d": 32}, {"h": 3, "hkv": 1, "d": 33}],
+    "paged_attention": [{"h": 4, "hkv": 4, "d": 32, "page": 1}, {"h": 3, "hkv": 1, "d": 33, "page": 5}],
 }
 DYNAMIC: dict[str, list[dict[str, int]]] = {
     "linear": [{"m": 8}, {"m": 200}],
     "layer_norm": [{"m": 1}, {"m": 200}],
     "attention": [{"b": 1, "q": 33, "kv": 33}],
+    "paged_attention": [{"b": 3, "kv": 33}],
 }
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from dks.dispatch.kernel import Declined, Run
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
+from dks.dispatch.ops.paged_attention.gather import attend
 from dks.dispatch.problem import Problem
 
 T = torch.Tensor
@@ -398,6 +399,64 @@ def last_key_dropped(q: T, k: T, v: T, mask: T | None, scale: float) -> T:
     return F.scaled_dot_product_attention(q, k[:, :, :kept], v[:, :, :kept], scale=scale, enable_gqa=True)
 
 
+# -- paged attention ------------------------------------------------------------------------------------
+
+Select = Callable[[T, T, T, int, int], Any]
+"""(k_cache, v_cache, row of the block table, length, longest) -> those that are used, without the last."""
+
+
+def paged(change: Select) -> Bind:
+    """Each sequence alone, at its own length, after ``change``: no mask hides what it read."""
+
+    def bind(problem: Problem, params: object) -> Run:
+        def run(q: T, k: T, v: T, table: T, lengths: T, scale: float) -> T:
+            parts = []
+            for i, length in enumerate(lengths.tolist()):
+                keys, values, row, n = change(k, v, table[i], length, int(lengths.max()))
+                parts.append(attend(q[i : i + 1], keys, values, row[None], lengths[i : i + 1], scale, (n, n)))
+            return torch.cat(parts)
+
+        return run
+
+    return bind
+
+
+def whole_pages(n: int, k: T) -> int:
+    return -(-n // k.shape[1]) * k.shape[1]
+
+
+def pages_in_order(k: T, v: T, row: T, n: int, longest: int) -> Any:
+    return k, v, row[: whole_pages(n, k) // k.shape[1]].sort().values, n
+
+
+def follows_the_whole_table(k: T, v: T, row: T, n: int, longest: int) -> Any:
+    return k[row], v[row], torch.arange(len(row)), n
+
+
+def masks_scores_alone(problem: Problem, params: object) -> Run:
+    """Zero times NaN."""
+
+    def run(q: T, k: T, v: T, table: T, lengths: T, scale: float) -> T:
+        used = table[:, : -(-int(lengths.max()) // k.shape[1])].clamp(max=k.shape[0] - 1)
+        keys, values = (cache[used].flatten(1, 2).transpose(1, 2) for cache in (k, v))
+        unseen = torch.arange(keys.shape[2]) >= lengths[:, None, None, None]
+        scores = q.view(len(q), k.shape[2], -1, q.shape[2]) @ keys.transpose(2, 3) * scale
+        return (torch.softmax(scores.masked_fill(unseen, -math.inf), -1) @ values).reshape(q.shape)
+
+    return run
+
+
+def first_lengths_forever(problem: Problem, params: object) -> Run:
+    held: dict[int, T] = {}
+
+    def run(q: T, k: T, v: T, table: T, lengths: T, scale: float) -> T:
+        room = (table < len(k)).sum(1) * k.shape[1]
+        own = held.setdefault(len(q), lengths.clone()).minimum(room)
+        return attend(q, k, v, table, own, scale, (int(own.min()), int(own.max())))
+
+    return run
+
+
 LINEAR: dict[str, Bind] = {
     "ignores the bias": computed(lambda x, w, b: F.linear(x, w)),
     "subtracts the bias": computed(lambda x, w, b: F.linear(x, w) - b),
@@ -540,4 +599,27 @@ ATTENTION: dict[str, tuple[dict[str, str], Bind]] = {
     "ignores causality": ({"causal": "yes"}, attention(no_mask)),
     "causal, one more": ({"causal": "yes"}, attention(causal_off(1))),
     "causal, from the end": ({"causal": "yes"}, attention(causal_from_the_end)),
+}
+
+PAGED: dict[str, Bind] = {
+    "no scale": lambda problem, params: (
+        lambda q, k, v, table, lengths, scale: attend(
+            q, k, v, table, lengths, 1.0, (int(lengths.min()), int(lengths.max()))
+        )
+    ),
+    "the last page whole": paged(lambda k, v, row, n, longest: (k, v, row, whole_pages(n, k))),
+    "as long as the longest": paged(lambda k, v, row, n, longest: (k, v, row.clamp(max=len(k) - 1), longest)),
+    "zeros past the end": paged(
+        lambda k, v, row, n, longest: (k.nan_to_num(), v.nan_to_num(), row, whole_pages(n, k))
+    ),
+    "without the last key": paged(lambda k, v, row, n, longest: (k, v, row, max(1, n - 1))),
+    "without the last page": paged(lambda k, v, row, n, longest: (k, v, row, max(1, n // k.shape[1] * k.shape[1]))),
+    "pages in order": paged(pages_in_order),
+    "pages from the first": paged(
+        lambda k, v, row, n, longest: (k.nan_to_num(), v.nan_to_num(), torch.arange(len(row)), n)
+    ),
+    "follows the whole table": paged(follows_the_whole_table),
+    "keys as values": paged(lambda k, v, row, n, longest: (k, k, row, n)),
+    "masks scores alone": masks_scores_alone,
+    "first lengths forever": first_lengths_forever,
 }

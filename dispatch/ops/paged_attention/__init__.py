@@ -1,0 +1,78 @@
+"""paged_attention: attention of one query row a sequence, as in decoding, over a paged cache of keys and values.
+
+q (b, h, d), k_cache and v_cache (pages, page, hkv, d), block_table (b, max_pages), lengths (b,) -> (b, h, d):
+softmax(q @ k.T * scale) @ v, where the keys of sequence i are the first ``lengths[i]`` of the pages that row i
+of the block table names, in order. With hkv < h, each key head serves h / hkv heads. The cache is laid out as
+vLLM's and FlashAttention's ("NHD"): Kwon et al., PagedAttention, 2023.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned
+from dks.dispatch.ops.paged_attention.serve import PagedAttentionServer
+from dks.dispatch.problem import Problem, alignment
+
+NO_PAGE = 2**30
+"""What block tables hold past a sequence's end: no cache has this page, so whoever follows it is found out."""
+
+
+def make_inputs(problem: Problem, generator: torch.Generator, _draw: str) -> Inputs:
+    """Unit-normal q, k and v in shuffled pages; the first sequence has kv keys, the others half of that or more.
+
+    Whatever no kernel may read is there to be found: NaN in the keys and values past each sequence's end and in
+    a page that nobody has, ``NO_PAGE`` in the block table, which is a column wider than kv asks for.
+    """
+    b, kv, h, hkv, d, page = (problem.dim(name) for name in ("b", "kv", "h", "hkv", "d", "page"))
+    dtype = DTYPES[problem.trait("dtype")]
+    lengths = torch.randint((kv + 1) // 2, kv + 1, (b,), generator=generator, dtype=torch.int32)
+    lengths[0] = kv
+    pages = [-(-length // page) for length in lengths.tolist()]
+    order = torch.randperm(sum(pages) + 1, generator=generator, dtype=torch.int32)
+    block_table = torch.full((b, max(pages) + 1), NO_PAGE, dtype=torch.int32)
+    for row, mine in zip(block_table, torch.split(order[:-1], pages), strict=True):
+        row[: len(mine)] = mine
+
+    def cache() -> torch.Tensor:
+        made = torch.randn((len(order), page, hkv, d), generator=generator).to(dtype)
+        made[order[-1]] = torch.nan
+        for row, count, length in zip(block_table, pages, lengths.tolist(), strict=True):
+            made[row[count - 1], length - (count - 1) * page :] = torch.nan
+        return aligned(made, problem.align)
+
+    q = aligned(torch.randn((b, h, d), generator=generator).to(dtype), problem.align)
+    return Inputs(static=(), dynamic=(q, cache(), cache(), block_table, lengths, d**-0.5))
+
+
+def reference(problem: Problem, inputs: Inputs) -> torch.Tensor:
+    """The same in float64, one sequence after the other."""
+    q, k_cache, v_cache, block_table, lengths, scale = inputs.dynamic
+    hkv, page = problem.dim("hkv"), problem.dim("page")
+    rows = []
+    for one, row, length in zip(q, block_table, lengths.tolist(), strict=True):
+        pages = row[: -(-length // page)]
+        k, v = (cache[pages].flatten(0, 1)[:length].double().transpose(0, 1) for cache in (k_cache, v_cache))
+        scores = one.double().view(hkv, -1, one.shape[1]) @ k.transpose(1, 2) * scale
+        rows.append((torch.softmax(scores, dim=-1) @ v).view(one.shape))
+    return torch.stack(rows)
+
+
+def max_align(problem: Problem) -> int:
+    """Heads are d elements apart."""
+    return alignment(problem.dim("d") * DTYPES[problem.trait("dtype")].itemsize)
+
+
+OPERATOR = Operator(
+    name="paged_attention",
+    dims=("b", "kv", "h", "hkv", "d", "page"),
+    dynamic=("b", "kv"),
+    traits={"dtype": ("float32", "bfloat16")},
+    default="torch.paged_gather_sdpa",
+    make_inputs=make_inputs,
+    reference=reference,
+    max_align=max_align,
+    key_bytes=lambda _: 0,
+    server=PagedAttentionServer,
+    odd_dims=lambda dims: "hkv must divide h" if dims["h"] % dims["hkv"] else None,
+)

@@ -1,0 +1,40 @@
+"""One sequence after the other, each at its own length: no mask, nothing gathered past a sequence's end."""
+
+from __future__ import annotations
+
+import torch
+
+from dks.dispatch.kernel import Kernel, Run
+from dks.dispatch.ops.paged_attention.gather import attend
+from dks.dispatch.problem import Precision, Problem
+
+
+def bind(_problem: Problem, _params: tuple[tuple[str, int], ...]) -> Run:
+    """run(q (b, h, d), k_cache, v_cache (pages, page, hkv, d), block_table, lengths, scale) -> (b, h, d)."""
+
+    def run(
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float | None,
+    ) -> torch.Tensor:
+        rows = [slice(i, i + 1) for i in range(len(q))]
+        return torch.cat(
+            [
+                attend(q[i], k_cache, v_cache, block_table[i], lengths[i], scale, (length, length))
+                for i, length in zip(rows, lengths.tolist(), strict=True)
+            ]
+        )
+
+    return run
+
+
+KERNEL = Kernel(
+    id="torch.paged_loop_sdpa",
+    op="paged_attention",
+    precision={"float32": Precision.EXACT, "bfloat16": Precision.BF16},
+    bind=bind,
+    rank=1,
+)
