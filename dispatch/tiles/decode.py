@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from dks.dispatch.kernel import Params
 from dks.dispatch.problem import Precision, Problem
 from dks.dispatch.tiles import threads
-from dks.dispatch.tiles.isa import ISAS
+from dks.dispatch.tiles.isa import ELEMENTS, VECTORS
 from dks.dispatch.tiles.unit import Unit
 
 HEADER = "decode.hpp"
 PRECISION = {"float32": Precision.EXACT, "bfloat16": Precision.BF16}
-_VECTORS = {"avx2": "dks::Avx2", "avx512": "dks::Avx512"}
-_ELEMENTS = {"float32": "float", "bfloat16": "dks::bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +38,9 @@ def decode_params() -> tuple[Params, ...]:
 def decode_unit(isa: str, problem: Problem, params: Params) -> Unit:
     """The function for a problem's dtype."""
     p, x = dict(params), problem.trait("dtype")
-    constants = f"{_VECTORS[isa]}, {_ELEMENTS[x]}, {p['block']}, {('false', 'true')[p['pf']]}"
+    constants = f"{VECTORS[isa]}, {ELEMENTS[x]}, {p['block']}, {('false', 'true')[p['pf']]}"
     symbol = f"dks_decode_{isa}_{x}_block{p['block']}_pf{p['pf']}"
     return Unit(symbol, isa, "decode", HEADER, f"dks::Decode<{constants}>")
-
-
-def unavailable(isa: str) -> str | None:
-    """Why kernels of this instruction set are none of this machine's, or None."""
-    if isa == "avx2" and ISAS["avx512"].unavailable() is None:
-        return "this CPU has AVX-512: its kernels are these with vectors twice as wide"
-    return ISAS[isa].unavailable()
 
 
 def suits(problem: Problem, params: Params) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from dks.dispatch.kernel import Declined, Kernel, Params, Run
 from dks.dispatch.problem import Problem
 from dks.dispatch.tiles import decode, library
+from dks.dispatch.tiles.isa import ISAS
 
 
 def supports(problem: Problem) -> str | None:
@@ -60,7 +61,7 @@ def decode_kernel(isa: str) -> Kernel:
         header=decode.HEADER,
         supports=supports,
         suits=decode.suits,
-        unavailable=lambda: decode.unavailable(isa),
+        unavailable=ISAS[isa].unavailable,
         rank=4,
     )
 

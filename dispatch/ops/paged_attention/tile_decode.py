@@ -9,6 +9,7 @@ import torch
 from dks.dispatch.kernel import Declined, Kernel, Params, Run
 from dks.dispatch.problem import Problem
 from dks.dispatch.tiles import decode, library
+from dks.dispatch.tiles.isa import ISAS
 
 
 def decode_kernel(isa: str) -> Kernel:
@@ -58,7 +59,7 @@ def decode_kernel(isa: str) -> Kernel:
         unit=lambda problem, params: decode.decode_unit(isa, problem, params),
         header=decode.HEADER,
         suits=decode.suits,
-        unavailable=lambda: decode.unavailable(isa),
+        unavailable=ISAS[isa].unavailable,
         rank=4,
     )
 

@@ -1,4 +1,4 @@
-"""Generated rms_norms (``tiles/rows.hpp``), with the addition of a residual in the same pass; see the layer_norms."""
+"""Generated rms_norms (``tiles/rows.hpp``), which add a residual in the same pass; see the layer_norms."""
 
 from __future__ import annotations
 

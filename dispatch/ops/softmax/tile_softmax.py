@@ -1,4 +1,4 @@
-"""Generated softmaxes (``tiles/rows.hpp``): more rows beside each other for short rows, more vectors for long ones."""
+"""Generated softmaxes (``tiles/rows.hpp``): more rows abreast for short rows, more vectors for long ones."""
 
 from __future__ import annotations
 
