@@ -62,7 +62,7 @@ struct FmaGemm {
         for (int64_t p = columns.begin; p < columns.end; ++p) {
           for (int64_t t = mine.begin; t < mine.end; ++t) {
             const int64_t r = row(t, m, tiles);
-            float* sums = memory + packed + (p * m + r) * NR;
+            float* sums = blocked ? memory + packed + (p * m + r) * NR : nullptr;
             Rows<MR>::run(row(t + 1, m, tiles) - r, {w, x, residual, y, memory, sums, r, p, k, depth});
           }
         }

@@ -3,6 +3,8 @@
 // everything runs on the caller's thread.
 #pragma once
 
+#include <pthread.h>
+
 #include <cstdint>
 
 extern "C" {
@@ -14,12 +16,20 @@ int omp_get_num_threads() __attribute__((weak));
 
 namespace dks {
 
+// Whether this process is the child of one that had started threads here: they are gone, and OpenMP would wait for
+// them forever. A child of a process that had not may start its own.
+inline bool is_orphan() {
+  static bool orphan = false;
+  static const int watched = pthread_atfork(nullptr, nullptr, [] { orphan = true; });
+  return orphan || watched != 0;
+}
+
 // body(thread, threads) on up to `threads` threads; a team may be smaller than asked for, so the body shares
 // out its work by what it is told.
 template <class Body>
 inline void parallel(int threads, const Body& body) {
   if (threads <= 1 || GOMP_parallel == nullptr || GOMP_barrier == nullptr || omp_get_thread_num == nullptr ||
-      omp_get_num_threads == nullptr) {
+      omp_get_num_threads == nullptr || is_orphan()) {
     body(0, 1);
     return;
   }

@@ -1,0 +1,110 @@
+"""Generated kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, on ragged sizes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dks.dispatch.compiler import find_compiler
+from dks.dispatch.tiles import build
+from dks.dispatch.tiles.isa import ISAS
+from dks.dispatch.tiles.unit import HEADERS, Unit
+
+PROGRAM = Path(__file__).parent / "sanitized.cpp"
+VECTORS = {"avx2": ("dks::Avx2", 8), "avx512": ("dks::Avx512", 16)}
+GEMMS = (  # constants of FmaGemm that between them take every branch of it
+    ("avx512", "float", "float", "3, 2, 24, true, 4"),
+    ("avx512", "float", "dks::bf16", "4, 3, 0, false, 8"),
+    ("avx2", "dks::bf16", "float", "4, 2, 0, true, 0"),
+    ("avx2", "float", "int8_t", "2, 2, 16, false, 8"),
+    ("avx512", "dks::bf16", "int8_t", "5, 1, 0, true, 2"),
+)
+ROWS = (
+    ("avx512", "norm", "LayerNorm", "float", "2, 4, true"),
+    ("avx2", "norm", "RmsNorm", "dks::bf16", "2, 3, false"),
+    ("avx2", "softmax", "Softmax", "float", "2, 4"),
+    ("avx512", "softmax", "Softmax", "dks::bf16", "2, 4"),
+)
+DECODES = (("avx512", "dks::bf16", "32, true"), ("avx2", "float", "16, false"))
+"""Few and small, since most of the time goes into compiling them."""
+
+
+def cases() -> Iterator[tuple[Unit, str]]:
+    """Kernels with the calls that test them, ``ROUNDS`` in the place of how many."""
+    for isa, x, w, constants in GEMMS:
+        vector, width = VECTORS[isa]
+        panel = int(constants.split(",")[1]) * width
+        made = unit(isa, "linear", "gemm_fma.hpp", f"FmaGemm<{vector}, {x}, {w}, {constants}>")
+        yield made, f"linear<{x}, {w}, {panel}>({made.symbol}, "
+    for isa, kind, template, x, constants in ROWS:
+        made = unit(isa, kind, "rows.hpp", f"{template}<{VECTORS[isa][0]}, {x}, {constants}>")
+        arguments = x if kind == "softmax" else f"{x}, {'true' if template == 'LayerNorm' else 'false'}"
+        yield made, f"{kind}<{arguments}>({made.symbol}, "
+    for isa, x, constants in DECODES:
+        made = unit(isa, "decode", "decode.hpp", f"Decode<{VECTORS[isa][0]}, {x}, {constants}>")
+        yield made, f"decode<{x}>({made.symbol}, "
+
+
+def unit(isa: str, kind: str, header: str, template: str) -> Unit:
+    return Unit("test_" + re.sub(r"\W+", "_", template).strip("_"), isa, kind, header, f"dks::{template}")
+
+
+def here() -> list[tuple[Unit, str]]:
+    """Those that this machine can run."""
+    return [(made, call) for made, call in cases() if made.needs.unavailable() is None]
+
+
+SANITIZERS = {
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DEXACT_SCRATCH"),
+    "thread": ("-fsanitize=thread",),
+}
+
+
+@pytest.mark.parametrize(("sanitizer", "rounds"), [("address", 210), ("thread", 12)])
+def test_on_exactly_sized_memory(sanitizer: str, rounds: int, tmp_path: Path) -> None:
+    compiler, lack = find_compiler()
+    known = here()
+    if lack or not known:
+        pytest.skip(lack or "no vectors on this machine")
+    flags = ["-std=c++17", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-w", *SANITIZERS[sanitizer]]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    empty = subprocess.run([*compiler, *flags, probe, "-o", tmp_path / "probe"], capture_output=True, check=False)
+    if empty.returncode or subprocess.run([tmp_path / "probe"], capture_output=True, check=False).returncode:
+        pytest.skip(f"no {sanitizer} sanitizer here")
+    (tmp_path / "units.cpp").write_text(build.source([made for made, _ in known]))
+    calls = "".join(f'  {call}"{made.symbol}", {rounds});\n' for made, call in known)
+    (tmp_path / "cases.inc").write_text(calls)
+    most = max((ISAS[made.isa] for made, _ in known), key=lambda isa: len(isa.options))
+    done = subprocess.run(
+        [
+            *compiler,
+            *flags,
+            *most.options,
+            "-iquote",
+            HEADERS,
+            "-iquote",
+            tmp_path,
+            PROGRAM,
+            "-o",
+            tmp_path / "run",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(
+        [tmp_path / "run"],
+        env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert " 0 wrong" in done.stdout
