@@ -110,10 +110,13 @@ struct Bf16Rows {
 };
 
 // Finish rows of sums that lie `stride` apart: outputs column..column+stride of y's rows, those that there are.
-template <class Rows, class X>
-__attribute__((noinline)) void write_rows(const dks_linear& w, const typename Rows::Sum* sums, int64_t stride,
-                                          const float* factors, int64_t row, int64_t rows, int64_t column,
-                                          const X* residual, X* y) {
+// FIXED is the epilogue where it is known, else -1.
+template <class Rows, int FIXED, class X>
+__attribute__((noinline, flatten)) void write_rows_of(const dks_linear& linear, const typename Rows::Sum* sums,
+                                                      int64_t stride, const float* factors, int64_t row, int64_t rows,
+                                                      int64_t column, const X* residual, X* y) {
+  dks_linear w = linear;  // a copy that no store to y may change: what is known of it stays known
+  if (FIXED >= 0) w.epilogue = FIXED;
   const int64_t columns = w.n - column < stride ? w.n - column : stride;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; j += Avx512::width) {
@@ -121,6 +124,17 @@ __attribute__((noinline)) void write_rows(const dks_linear& w, const typename Ro
       const Avx512 sum = Rows::value(sums + i * stride + j, factors[row + i], w.scale + column + j, n);
       finish(sum, w, column + j, residual == nullptr ? nullptr : residual + at, y + at, n);
     }
+  }
+}
+
+// The same, with a loop of its own for what takes no time itself.
+template <class Rows, class X>
+inline void write_rows(const dks_linear& w, const typename Rows::Sum* sums, int64_t stride, const float* factors,
+                       int64_t row, int64_t rows, int64_t column, const X* residual, X* y) {
+  if (w.epilogue == DKS_NONE) {
+    write_rows_of<Rows, DKS_NONE>(w, sums, stride, factors, row, rows, column, residual, y);
+  } else {
+    write_rows_of<Rows, -1>(w, sums, stride, factors, row, rows, column, residual, y);
   }
 }
 
