@@ -14,9 +14,9 @@ COUNTS = tuple(2**i for i in range((os.cpu_count() or 1).bit_length()))
 LEAST_WORK = 2**18  # multiply-adds a thread, some 5 us: less does not pay for waking it
 
 
-def uses() -> tuple[Params, ...]:
-    """Every way to use threads in a linear: ``t`` of them, which share output channels, or rows of x (``r``)."""
-    return tuple((("t", t), ("r", r)) for t in COUNTS for r in ((0, 1) if t > 1 else (0,)))
+def uses(*, by_rows: bool) -> tuple[Params, ...]:
+    """Every way to use threads in a linear: ``t`` of them share output channels, or, if asked for, rows (``r``)."""
+    return tuple((("t", t), ("r", r)) for t in COUNTS for r in ((0, 1) if by_rows and t > 1 else (0,)))
 
 
 def without(params: Params) -> Params:

@@ -138,7 +138,7 @@ def dot_kernel(isa: str, tiles: tuple[DotTile, ...] | tuple[AmxTile, ...], *, in
         bind=bind,
         form=what,
         form_bytes=lambda p: panels.packed_bytes(p, widest, 4 // group, depth) + 12 * p.dim("n"),
-        params=tuple((*asdict(tile).items(), *use) for tile in tiles for use in threads.uses()),
+        params=tuple((*asdict(tile).items(), *use) for tile in tiles for use in threads.uses(by_rows=tile.kc > 0)),
         unit=unit,
         header=tiles[0].header,
         suits=suits,
@@ -152,7 +152,6 @@ KERNELS = (
         "avx512_vnni",
         (
             DotTile(6, 4),
-            DotTile(6, 4, kc=1024, pf=8),
             DotTile(8, 3, kc=512, pf=8),
             DotTile(14, 2, pf=24),
             DotTile(14, 2, kc=512, pf=8),

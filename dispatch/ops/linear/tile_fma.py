@@ -116,7 +116,7 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
         bind=bind,
         form=weights.form,
         form_bytes=lambda p: panels.packed_bytes(p, widest, weights.dtype.itemsize) + 4 * p.dim("n"),
-        params=tuple((*asdict(tile).items(), *use) for tile in tiles for use in threads.uses()),
+        params=tuple((*asdict(tile).items(), *use) for tile in tiles for use in threads.uses(by_rows=tile.kc > 0)),
         unit=unit,
         header=HEADER,
         suits=suits,
@@ -131,7 +131,6 @@ KERNELS = (
         "avx512",
         (
             FmaTile(4, 4, pf=8),
-            FmaTile(6, 4, pf=8),
             FmaTile(8, 3, pf=8),
             FmaTile(8, 3, kc=256, pack=1),
             FmaTile(12, 2, kc=192, pack=1, pf=4),
