@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -78,7 +78,7 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
         packs = p["pack"] or x != "float32"
         constants = (p["mr"], p["nv"], p["kc"], ("false", "true")[packs], p["pf"])
         arguments = ", ".join(map(str, (VECTORS[isa], ELEMENTS[x], weights.cpp, *constants)))
-        name = "_".join(f"{key}{value}" for key, value in params if key != "t")
+        name = "_".join(f"{key}{value}" for key, value in threads.without(params))
         return Unit(
             f"dks_linear_{weights.name}_{isa}_{x}_{name}", isa, "linear", HEADER, f"dks::FmaGemm<{arguments}>"
         )
@@ -104,7 +104,7 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
             return f"more than {_FEW} rows are not bound by reading the weights"
         if p["kc"] > 0 and problem.dim("k") <= p["kc"]:
             return f"k is not above kc={p['kc']}: nothing to block"
-        return threads.objection(params, m * problem.dim("n") * problem.dim("k"))
+        return panels.threads_objection(problem, params, p["mr"])
 
     for tile in tiles:
         tile.check(isa)
@@ -116,11 +116,7 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
         bind=bind,
         form=weights.form,
         form_bytes=lambda p: panels.packed_bytes(p, widest, weights.dtype.itemsize) + 4 * p.dim("n"),
-        params=tuple(
-            (("mr", t.mr), ("nv", t.nv), ("kc", t.kc), ("pack", t.pack), ("pf", t.pf), ("t", count))
-            for t in tiles
-            for count in threads.COUNTS
-        ),
+        params=tuple((*asdict(tile).items(), *use) for tile in tiles for use in threads.uses(by_rows=tile.kc > 0)),
         unit=unit,
         header=HEADER,
         suits=suits,
@@ -135,7 +131,6 @@ KERNELS = (
         "avx512",
         (
             FmaTile(4, 4, pf=8),
-            FmaTile(6, 4, pf=8),
             FmaTile(8, 3, pf=8),
             FmaTile(8, 3, kc=256, pack=1),
             FmaTile(12, 2, kc=192, pack=1, pf=4),
