@@ -34,6 +34,13 @@ def find_compiler() -> tuple[list[str], str]:
 
 def run_compiler(command: Sequence[str], folder: Path) -> tuple[int, str]:
     """Exit code and output of a command in ``folder``; past the time limit its process group is killed."""
+    try:
+        return _run(command, folder)
+    except OSError as error:  # no program after all, such as a script without its first line
+        return 126, f"{error.strerror}: {command[0]}"
+
+
+def _run(command: Sequence[str], folder: Path) -> tuple[int, str]:
     with subprocess.Popen(
         command,
         cwd=folder,  # so that messages name no path of ours
@@ -53,5 +60,8 @@ def run_compiler(command: Sequence[str], folder: Path) -> tuple[int, str]:
 
 def failure(command: Sequence[str], code: int, output: str) -> str:
     """Why a compilation failed, in a few lines."""
-    last = "\n".join(output.strip().splitlines()[-8:])
-    return f"{command[0]} ended with code {code}: {last or 'no output'}"
+    lines = output.strip().splitlines()
+    # What comes before the first error is where it was included from.
+    first = next((i for i, line in enumerate(lines) if "error" in line), max(len(lines) - 8, 0))
+    said = "\n".join(lines[first : first + 8])
+    return f"{command[0]} ended with code {code}: {said or 'no output'}"

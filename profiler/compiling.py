@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from dks.dispatch import pool
 from dks.dispatch.problem import Candidate, Problem
@@ -14,14 +15,16 @@ Said = Callable[[str], None]
 
 def units(asked: Iterable[tuple[Problem, Candidate]]) -> list[Unit]:
     """The generated functions that these candidates run on this machine, each once."""
-    found: dict[tuple[object, ...], Unit] = {}
+    found: dict[Unit, None] = {}
     for problem, candidate in asked:
         kernel = pool.kernels()[candidate.kernel]
-        if kernel.unit is None or (problem.op, problem.traits, candidate) in found or kernel.unavailable():
-            continue
-        if kernel.objection(problem) is None and kernel.suits(problem, candidate.params) is None:
-            found[problem.op, problem.traits, candidate] = kernel.unit(problem, candidate.params)
-    return list(dict.fromkeys(found.values()))
+        # A kernel of somebody's own may raise anything: that is recorded when it is checked.
+        with suppress(Exception):
+            if kernel.unit is None or kernel.unavailable() or kernel.objection(problem):
+                continue
+            if kernel.suits(problem, candidate.params) is None:
+                found[kernel.unit(problem, candidate.params)] = None
+    return list(found)
 
 
 def compile_for(asked: Iterable[tuple[Problem, Candidate]], say: Said) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dks.dispatch.compiler import failure, find_compiler, run_compiler
 from dks.dispatch.tiles.library import Missing
-from dks.dispatch.tiles.unit import HEADERS, Unit
+from dks.dispatch.tiles.unit import HEADERS, TEMPLATE, Unit
 
 CACHE = "DKS_CACHE"
 """Environment variable: where compiled units are kept; else $XDG_CACHE_HOME/dks, else ~/.cache/dks."""
@@ -31,8 +31,8 @@ def cache() -> Path:
     """The folder of compiled units."""
     named = os.environ.get(CACHE)
     if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dks"
+        return Path(named).absolute()  # compilers run elsewhere
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dks"
 
 
 def build(units: Iterable[Unit]) -> dict[str, str]:
@@ -57,7 +57,7 @@ def locate(unit: Unit) -> Path:
     if path.is_file():
         return path
     why = _path(unit, ".txt")
-    raise Missing(why.read_text(encoding="utf-8") if why.is_file() else f"{unit.symbol}: was never compiled")
+    raise Missing(why.read_text(encoding="utf-8") if why.is_file() else f"{unit.symbol}: is not in {cache()}")
 
 
 def link(units: Sequence[Unit], out: Path) -> None:
@@ -68,11 +68,10 @@ def link(units: Sequence[Unit], out: Path) -> None:
     """
     failed = build(units)
     if failed:
-        raise Missing("; ".join(failed.values()))
+        more = f"; and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise Missing(f"{next(iter(failed.values()))}{more}")
     objects = [str(_path(unit, ".o")) for unit in sorted(units, key=lambda unit: unit.symbol)]
-    compiler, reason = find_compiler()
-    if reason:
-        raise Missing(reason)
+    compiler, _ = find_compiler()  # there is one, or nothing was built
     command = [*compiler, *LINK, *objects, "-o", out.name]
     code, output = run_compiler(command, out.parent)
     if code != 0 or not out.is_file():
@@ -83,7 +82,7 @@ def source(units: Sequence[Unit]) -> str:
     """The C++ of some units."""
     import jinja2  # only needed where something is compiled
 
-    text = (HEADERS / "units.cpp.j2").read_text(encoding="utf-8")
+    text = (HEADERS / TEMPLATE).read_text(encoding="utf-8")
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(text).render(units=units)
 
@@ -131,12 +130,14 @@ def _path(unit: Unit, suffix: str) -> Path:
     return cache() / f"{unit.symbol}-{key}{suffix}"
 
 
-@lru_cache
 def _compiler() -> str:
     """The compiler and its version: another one makes other code."""
     command, reason = find_compiler()
-    if reason:
-        return reason
+    return reason or _version(tuple(command))
+
+
+@lru_cache
+def _version(command: tuple[str, ...]) -> str:
     code, output = run_compiler([*command, "--version"], Path("/"))
     return f"{' '.join(command)} {code} {output.partition(chr(10))[0]}"
 

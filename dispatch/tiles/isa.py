@@ -21,11 +21,15 @@ class Isa:
     flags: tuple[str, ...]
     options: tuple[str, ...]
 
+    def lack(self) -> str | None:
+        """Why this machine can't run it, or None."""
+        missing = [flag for flag in self.flags if flag not in cpu_flags()]
+        return f"this CPU has no {', '.join(missing)}" if missing else None
+
     def unavailable(self) -> str | None:
         """Why this machine can't run it, or why it need not; or None."""
-        missing = [flag for flag in self.flags if flag not in cpu_flags()]
-        if missing:
-            return f"this CPU has no {', '.join(missing)}"
+        if (lack := self.lack()) is not None:
+            return lack
         if self.name == "avx2" and all(flag in cpu_flags() for flag in _AVX512.flags):
             return "this CPU has AVX-512: its kernels are these with vectors twice as wide"
         return None

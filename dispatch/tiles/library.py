@@ -51,9 +51,8 @@ def function(unit: Unit) -> Callable[..., int]:
     Raises:
         Missing: it is not there, or its library can't be loaded.
     """
-    # The latest package first: it was checked last.
-    for library in reversed(_shipped):
-        if hasattr(library, unit.symbol):
+    for library in _shipped:
+        if _has(library, unit):
             return _typed(library, unit)
     try:
         return _typed(ctypes.CDLL(str(_locate(unit))), unit)
@@ -68,6 +67,16 @@ def lack(unit: Unit) -> str | None:
     except Missing as error:
         return str(error)
     return None
+
+
+def _has(library: ctypes.CDLL, unit: Unit) -> bool:
+    """Whether it holds this very unit, not one of the same name from another version."""
+    digest = unit.digest()
+    try:
+        made_from = (ctypes.c_char * len(digest)).in_dll(library, f"{unit.symbol}_source")
+    except ValueError:
+        return False
+    return made_from.value == digest.encode()
 
 
 def _typed(library: ctypes.CDLL, unit: Unit) -> Callable[..., int]:

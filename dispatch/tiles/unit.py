@@ -11,6 +11,7 @@ from pathlib import Path
 from dks.dispatch.tiles.isa import ISAS, Isa
 
 HEADERS = Path(__file__).parent
+TEMPLATE = "units.cpp.j2"
 _INCLUDE = re.compile(r'^#include "([a-z0-9_]+\.hp*)"$', re.MULTILINE)
 
 
@@ -53,8 +54,8 @@ class Unit:
 
 @lru_cache
 def source_of(header: str) -> str:
-    """A header's text and that of all it includes from this folder."""
-    todo, seen = [header], dict[str, str]()
+    """A header's text, that of all it includes from this folder, and of what turns a template into a function."""
+    todo, seen = [header, TEMPLATE], dict[str, str]()
     while todo:
         name = todo.pop()
         if name not in seen:

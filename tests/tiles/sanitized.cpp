@@ -139,17 +139,34 @@ double activated(int epilogue, double y) {
   }
 }
 
-template <class X, class W>
+// How a kernel lays its weights out and what it does to x.
+enum Rounds { NOTHING, TO_BF16, TO_INT8 };
+template <int PANEL_, int GROUP_ = 1, int STEP_ = 1, Rounds ROUNDS_ = NOTHING>
+struct Form {
+  static constexpr int PANEL = PANEL_, GROUP = GROUP_, STEP = STEP_;
+  static constexpr Rounds ROUNDS = ROUNDS_;
+  static int64_t depth(int64_t k) { return (k + STEP - 1) / STEP * STEP; }
+  static int64_t at(int64_t j, int64_t i, int64_t k) {
+    return ((j / PANEL * (depth(k) / GROUP) + i / GROUP) * PANEL + j % PANEL) * GROUP + i % GROUP;
+  }
+};
+
+template <class X, class W, class F>
 __attribute__((no_sanitize("address", "undefined", "thread"))) void check_linear(
-    const char* name, const dks_linear& w, int panel, const X* x, const X* residual, const X* y, int64_t m) {
+    const char* name, const dks_linear& w, const X* x, const X* residual, const X* y, int64_t m) {
+  const W* weight = static_cast<const W*>(w.weight);
   for (int64_t i = 0; i < m; ++i) {
+    double most = 0;
+    for (int64_t k = 0; k < w.k; ++k) most = std::fmax(most, std::fabs(wide(x[i * w.k + k])));
     for (int64_t j = 0; j < w.n; ++j) {
-      const W* column = static_cast<const W*>(w.weight) + j / panel * panel * w.k + j % panel;
-      double sum = 0, size = 0;
+      double sum = 0, size = 0, weights = 0;
       for (int64_t k = 0; k < w.k; ++k) {
-        const double part = static_cast<double>(wide(x[i * w.k + k])) * wide(column[k * panel]);
-        sum += part, size += std::fabs(part);
+        const double v = wide(weight[F::at(j, k, w.k)]), part = v * wide(x[i * w.k + k]);
+        sum += part, size += std::fabs(part), weights += std::fabs(v);
       }
+      // What rounding x may cost, as a multiple of what `compare` grants; activations enlarge it a little.
+      if (F::ROUNDS == TO_BF16 && sizeof(X) == 4) size *= 1.2 / 256 / 2e-6;
+      if (F::ROUNDS == TO_INT8) size = 1.2 * weights * most / 254 / 2e-6;
       if (w.scale != nullptr) sum *= w.scale[j], size *= w.scale[j];
       if (w.bias != nullptr) sum += w.bias[j];
       const double wanted = activated(w.epilogue, sum) + (residual == nullptr ? 0 : wide(residual[i * w.n + j]));
@@ -158,29 +175,38 @@ __attribute__((no_sanitize("address", "undefined", "thread"))) void check_linear
   }
 }
 
-template <class X, class W, int PANEL>
+template <class X, class W, class F>
 void linear(dks_linear_fn f, const char* name, int rounds) {
   for (int round = 0; round < rounds; ++round) {
     // Each size from 1 to 70 has its turn as m, n and k, beside others by chance.
     const int64_t size = 1 + round % 70, m = round % 3 == 0 ? size : pick(1, 70);
     const int64_t n = round % 3 == 1 ? size : pick(1, 70), k = round % 3 == 2 ? size : pick(1, 70);
-    const int64_t all = (n + PANEL - 1) / PANEL * PANEL * k;
+    const int64_t wide_n = (n + F::PANEL - 1) / F::PANEL * F::PANEL, all = wide_n * F::depth(k);
     Exact<W> weight(all, 0);
     Exact<float> bias(n), scale(n, 0);
+    Exact<int32_t> sums(n, 0);
     Exact<X> x(m * k), residual(m * n);
     draw(x.data, m * k);
     draw(residual.data, m * n);
     draw(bias.data, n);
-    for (int64_t i = 0; i < n; ++i) scale.data[i] = 0.02f + 0.0001f * static_cast<float>(i);
-    draw(weight.data, all);
+    std::memset(weight.data, 0, sizeof(W) * static_cast<std::size_t>(all));
+    for (int64_t j = 0; j < n; ++j) {
+      scale.data[j] = 0.02f + 0.0001f * static_cast<float>(j);
+      sums.data[j] = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        W& one = weight.data[F::at(j, i, k)];
+        draw(&one, 1);
+        sums.data[j] += static_cast<int32_t>(wide(one));
+      }
+    }
     const int epilogue = round % 6;
     for (int form = 0; form < 4; ++form) {
-      dks_linear w{weight.data, round % 4 == 0 ? nullptr : bias.data, sizeof(W) == 1 ? scale.data : nullptr, nullptr,
-                   n, k, epilogue, form % 2 == 0 ? 1 : 3, form / 2};
+      dks_linear w{weight.data, round % 4 == 0 ? nullptr : bias.data, sizeof(W) == 1 ? scale.data : nullptr,
+                   F::ROUNDS == TO_INT8 ? sums.data : nullptr, n, k, epilogue, form % 2 == 0 ? 1 : 3, form / 2};
       const X* added = epilogue == DKS_ADD ? residual.data : nullptr;
       Exact<X> y(m * n);
       if (f(&w, x.data, added, y.data, m) != DKS_OK) ++wrong, std::printf("%s: declined\n", name);
-      check_linear<X, W>(name, w, PANEL, x.data, added, y.data, m);
+      check_linear<X, W, F>(name, w, x.data, added, y.data, m);
       ++cases;
       if (round % 8 != 0) continue;
       // Several callers of one bound kernel at once.
@@ -189,8 +215,8 @@ void linear(dks_linear_fn f, const char* name, int rounds) {
       std::thread other(call, theirs.data);
       call(mine.data);
       other.join();
-      check_linear<X, W>(name, w, PANEL, x.data, added, mine.data, m);
-      check_linear<X, W>(name, w, PANEL, x.data, added, theirs.data, m);
+      check_linear<X, W, F>(name, w, x.data, added, mine.data, m);
+      check_linear<X, W, F>(name, w, x.data, added, theirs.data, m);
     }
   }
 }

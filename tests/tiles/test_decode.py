@@ -34,7 +34,7 @@ def params(dtype: str, threads: int = 1) -> tuple[tuple[str, int], ...]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> Iterator[None]:
-    isas = [isa for isa in ("avx512", "avx2") if ISAS[isa].unavailable() is None]
+    isas = [isa for isa in ("avx512", "avx2") if ISAS[isa].lack() is None]
     problems = [Problem.of("attention", {"dtype": dtype}, {}) for dtype in TILES]
     units = [decode.decode_unit(isa, p, params(p.trait("dtype"))) for isa in isas for p in problems]
     assert build.build(units) == {}
@@ -47,7 +47,7 @@ def _built() -> Iterator[None]:
 @pytest.fixture(params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[Function, str]:
     isa, dtype = request.param
-    if (why := ISAS[isa].unavailable()) is not None:
+    if (why := ISAS[isa].lack()) is not None:
         pytest.skip(why)
     unit = decode.decode_unit(isa, Problem.of("attention", {"dtype": dtype}, {}), params(dtype))
     return library.function(unit), dtype
@@ -223,7 +223,7 @@ def test_what_is_not_finite_goes_where_the_framework_sends_it(case: tuple[Functi
 @pytest.mark.parametrize("isa", ["avx512", "avx2"])
 @pytest.mark.parametrize("dtype", list(TILES))
 def test_kernels_of_both_operators_serve_what_they_declare(isa: str, dtype: str) -> None:
-    if (why := ISAS[isa].unavailable()) is not None:
+    if (why := ISAS[isa].lack()) is not None:
         pytest.skip(why)
     index = ("avx512", "avx2").index(isa)
     traits = {"dtype": dtype, "mask": "none", "causal": "no", "layout": "bshd"}

@@ -30,7 +30,7 @@ CASES = [
 
 
 def function(op: str, isa: str, dtype: torch.dtype) -> Callable[..., int]:
-    if (why := ISAS[isa].unavailable()) is not None:
+    if (why := ISAS[isa].lack()) is not None:
         pytest.skip(why)
     constants = f"{VECTORS[isa]}, {ELEMENTS[dtype]}, 2, 4" + ("" if op == "Softmax" else ", true")
     symbol = f"dks_test_{op.lower()}_{isa}_{ELEMENTS[dtype][-4:]}"

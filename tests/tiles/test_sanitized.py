@@ -12,7 +12,6 @@ import pytest
 
 from dks.dispatch.compiler import find_compiler
 from dks.dispatch.tiles import build
-from dks.dispatch.tiles.isa import ISAS
 from dks.dispatch.tiles.unit import HEADERS, Unit
 
 PROGRAM = Path(__file__).parent / "sanitized.cpp"
@@ -23,6 +22,13 @@ GEMMS = (  # constants of FmaGemm that between them take every branch of it
     ("avx2", "dks::bf16", "float", "4, 2, 0, true, 0"),
     ("avx2", "float", "int8_t", "2, 2, 16, false, 8"),
     ("avx512", "dks::bf16", "int8_t", "5, 1, 0, true, 2"),
+)
+DOTS = (  # header, template, x, constants, panel; emulated where this machine may have no such instructions
+    ("avx512_vnni", "gemm_dot.hpp", "DotGemm<dks::DotInt8", "float", "3, 2, 64, 1", 32),
+    ("avx512", "gemm_dot.hpp", "DotGemm<dks::DotBf16", "dks::bf16", "2, 3, 32, 0", 48),
+    ("avx512", "gemm_amx.hpp", "AmxGemm<dks::AmxInt8", "dks::bf16", "2, 2, 64, true, 1", 32),
+    ("avx512", "gemm_amx.hpp", "AmxGemm<dks::AmxBf16", "float", "1, 3, 0, true, 1", 48),
+    ("avx512", "gemm_amx.hpp", "AmxGemm<dks::AmxBf16", "dks::bf16", "2, 2, 0, false, 0", 32),
 )
 ROWS = (
     ("avx512", "norm", "LayerNorm", "float", "2, 4, true"),
@@ -40,7 +46,12 @@ def cases() -> Iterator[tuple[Unit, str]]:
         vector, width = VECTORS[isa]
         panel = int(constants.split(",")[1]) * width
         made = unit(isa, "linear", "gemm_fma.hpp", f"FmaGemm<{vector}, {x}, {w}, {constants}>")
-        yield made, f"linear<{x}, {w}, {panel}>({made.symbol}, "
+        yield made, f"linear<{x}, {w}, Form<{panel}>>({made.symbol}, "
+    for isa, header, template, x, constants, panel in DOTS:
+        made = unit(isa, "linear", header, f"{template}, {x}, {constants}>")
+        w, group, rounds = ("int8_t", 4, "TO_INT8") if "Int8" in template else ("dks::bf16", 2, "TO_BF16")
+        step = 16 * group if "Amx" in template else group
+        yield made, f"linear<{x}, {w}, Form<{panel}, {group}, {step}, {rounds}>>({made.symbol}, "
     for isa, kind, template, x, constants in ROWS:
         made = unit(isa, kind, "rows.hpp", f"{template}<{VECTORS[isa][0]}, {x}, {constants}>")
         arguments = x if kind == "softmax" else f"{x}, {'true' if template == 'LayerNorm' else 'false'}"
@@ -56,7 +67,7 @@ def unit(isa: str, kind: str, header: str, template: str) -> Unit:
 
 def here() -> list[tuple[Unit, str]]:
     """Those that this machine can run."""
-    return [(made, call) for made, call in cases() if made.needs.unavailable() is None]
+    return [(made, call) for made, call in cases() if made.needs.lack() is None]
 
 
 SANITIZERS = {
@@ -71,21 +82,32 @@ def test_on_exactly_sized_memory(sanitizer: str, rounds: int, tmp_path: Path) ->
     known = here()
     if lack or not known:
         pytest.skip(lack or "no vectors on this machine")
-    flags = ["-std=c++17", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-w", *SANITIZERS[sanitizer]]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-pthread",
+        "-ffp-contract=off",
+        "-w",
+        "-DDKS_EMULATE",
+        *SANITIZERS[sanitizer],
+    ]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
     empty = subprocess.run([*compiler, *flags, probe, "-o", tmp_path / "probe"], capture_output=True, check=False)
     if empty.returncode or subprocess.run([tmp_path / "probe"], capture_output=True, check=False).returncode:
         pytest.skip(f"no {sanitizer} sanitizer here")
     (tmp_path / "units.cpp").write_text(build.source([made for made, _ in known]))
-    calls = "".join(f'  {call}"{made.symbol}", {rounds});\n' for made, call in known)
+    # Emulated tiles take their time.
+    turns = [rounds // 5 if "Amx" in made.type else rounds for made, _ in known]
+    calls = "".join(f'  {call}"{made.symbol}", {n});\n' for (made, call), n in zip(known, turns, strict=True))
     (tmp_path / "cases.inc").write_text(calls)
-    most = max((ISAS[made.isa] for made, _ in known), key=lambda isa: len(isa.options))
+    options = dict.fromkeys(option for made, _ in known for option in made.needs.options)
     done = subprocess.run(
         [
             *compiler,
             *flags,
-            *most.options,
+            *options,
             "-iquote",
             HEADERS,
             "-iquote",
