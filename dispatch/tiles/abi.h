@@ -22,11 +22,15 @@ enum dks_epilogue {
   DKS_ADD = 5, /* + residual */
 };
 
+/* Kernels that multiply tiles read this many bytes of inputs at once. */
+enum { DKS_CHUNK = 64 };
+
 /* The constant part of a linear: made once, read by every call.
  *
  * Panels: weights of `panel` output channels lie together, k-groups of `group` inputs inside:
- * weight[ceil(n / panel)][ceil(k / group)][panel][group], zeros where n or k end. `panel`, `group` and the
- * element belong to the kernel and are in its name. Everything is 64-byte aligned.
+ * weight[ceil(n / panel)][ceil(k / step) * step / group][panel][group], zeros where n or k end. `panel`, `group`
+ * and the element belong to the kernel and are in its name. `step` is `group`, but in gemm_amx.hpp DKS_CHUNK
+ * bytes: 64 int8 or 32 bf16. Everything is 64-byte aligned.
  */
 struct dks_linear {
   const void* weight;

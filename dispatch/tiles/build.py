@@ -110,7 +110,7 @@ def _compile(compiler: Sequence[str], unit: Unit) -> str:
         with tempfile.TemporaryDirectory(prefix=".compile-", dir=cache()) as name:
             folder = Path(name)
             (folder / "unit.cpp").write_text(source([unit]), encoding="utf-8")
-            flags = [*FLAGS, *unit.needs.options, "-iquote", str(HEADERS)]
+            flags = [*FLAGS, *unit.options, "-iquote", str(HEADERS)]
             for command in (
                 [*compiler, *flags, "-c", "unit.cpp", "-o", "unit.o"],
                 [*compiler, *LINK, "unit.o", "-o", "unit.so"],

@@ -22,9 +22,13 @@ class Isa:
     options: tuple[str, ...]
 
     def unavailable(self) -> str | None:
-        """Why this machine can't run it, or None."""
+        """Why this machine can't run it, or why it need not; or None."""
         missing = [flag for flag in self.flags if flag not in cpu_flags()]
-        return f"this CPU has no {', '.join(missing)}" if missing else None
+        if missing:
+            return f"this CPU has no {', '.join(missing)}"
+        if self.name == "avx2" and all(flag in cpu_flags() for flag in _AVX512.flags):
+            return "this CPU has AVX-512: its kernels are these with vectors twice as wide"
+        return None
 
 
 _AVX2 = Isa("avx2", ("avx2", "fma"), ("-mavx2", "-mfma"))
@@ -52,3 +56,9 @@ ISAS = {
     )
 }
 """Every instruction set by name."""
+
+VECTORS = {"avx2": "dks::Avx2", "avx512": "dks::Avx512"}
+"""C++ type of a vector of floats, by instruction set."""
+
+ELEMENTS = {"float32": "float", "bfloat16": "dks::bf16"}
+"""C++ type of an element, by dtype."""

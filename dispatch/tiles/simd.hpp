@@ -39,11 +39,31 @@ struct Avx512 {
   // The first n of a vector, 0 < n; zero behind them, and nothing behind them is read.
   static Avx512 load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   static Avx512 load(const bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+  // 2 * width elements, or the first n > 0 of them, as two vectors in the order that is quickest to read:
+  // `store_pair` has the same. Zeros behind them.
+  static void load_pair(const float* p, Avx512& a, Avx512& b) { a = load(p), b = load(p + width); }
+  static void load_pair(const bf16* p, Avx512& a, Avx512& b) { split(_mm512_loadu_si512(p), a, b); }
+  static void load_pair(const float* p, int64_t n, Avx512& a, Avx512& b) {
+    a = load(p, n);
+    b = n > width ? load(p + width, n - width) : zero();
+  }
+  static void load_pair(const bf16* p, int64_t n, Avx512& a, Avx512& b) {
+    split(_mm512_maskz_loadu_epi16(first_halves(n), p), a, b);
+  }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   void store(bf16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), narrow()); }
+  static void store_pair(float* p, int64_t n, Avx512 a, Avx512 b) {
+    a.store(p, n);
+    if (n > width) b.store(p + width, n - width);
+  }
+  static void store_pair(bf16* p, int64_t n, Avx512 a, Avx512 b) {
+    const __m512i even = _mm512_srli_epi32(a.rounded(), 16);
+    const __m512i odd = _mm512_and_si512(b.rounded(), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    _mm512_mask_storeu_epi16(p, first_halves(n), _mm512_or_si512(even, odd));
+  }
 
   friend Avx512 operator+(Avx512 a, Avx512 b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Avx512 operator-(Avx512 a, Avx512 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -67,20 +87,39 @@ struct Avx512 {
   float sum() const { return _mm512_reduce_add_ps(v); }
   // NaN lanes may be lost.
   float largest() const { return _mm512_reduce_max_ps(v); }
+  // Lane i is the sum of x[i]'s lanes.
+  static Avx512 sums(const Avx512 (&x)[width]) {
+    const auto four = [&](int i) {
+      const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(x[i].v, x[i + 1].v), _mm512_unpackhi_ps(x[i].v, x[i + 1].v));
+      const __m512 cd =
+          _mm512_add_ps(_mm512_unpacklo_ps(x[i + 2].v, x[i + 3].v), _mm512_unpackhi_ps(x[i + 2].v, x[i + 3].v));
+      return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    };
+    const auto fold = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return {fold(fold(four(0), four(4)), fold(four(8), four(12)))};
+  }
 
  private:
+  static __mmask32 first_halves(int64_t n) { return static_cast<__mmask32>(n >= 32 ? ~0u : (1u << n) - 1); }
   static Avx512 widen(__m256i half) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
   }
-  // To nearest, ties to even; NaN stays NaN.
-  __m256i narrow() const {
+  // Even elements and odd ones: one instruction each.
+  static void split(__m512i both, Avx512& even, Avx512& odd) {
+    even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+    odd = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+  }
+  // To nearest, ties to even, in the high half; NaN stays NaN.
+  __m512i rounded() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i kept = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+    return _mm512_mask_blend_epi32(nan, near, _mm512_set1_epi32(0x7fc00000));
   }
+  __m256i narrow() const { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(), 16)); }
 };
 
 struct Avx2 {
@@ -106,6 +145,19 @@ struct Avx2 {
     std::memcpy(&half, p, static_cast<std::size_t>(2 * (n > 8 ? 8 : n)));
     return widen(half);
   }
+  static void load_pair(const float* p, Avx2& a, Avx2& b) { a = load(p), b = load(p + width); }
+  static void load_pair(const bf16* p, Avx2& a, Avx2& b) {
+    split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), a, b);
+  }
+  static void load_pair(const float* p, int64_t n, Avx2& a, Avx2& b) {
+    a = load(p, n);
+    b = n > width ? load(p + width, n - width) : zero();
+  }
+  static void load_pair(const bf16* p, int64_t n, Avx2& a, Avx2& b) {
+    __m256i both = _mm256_setzero_si256();
+    std::memcpy(&both, p, static_cast<std::size_t>(2 * (n > 16 ? 16 : n)));
+    split(both, a, b);
+  }
 
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bf16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow()); }
@@ -113,6 +165,16 @@ struct Avx2 {
   void store(bf16* p, int64_t n) const {
     const __m128i half = narrow();
     std::memcpy(static_cast<void*>(p), &half, static_cast<std::size_t>(2 * (n > 8 ? 8 : n)));
+  }
+  static void store_pair(float* p, int64_t n, Avx2 a, Avx2 b) {
+    a.store(p, n);
+    if (n > width) b.store(p + width, n - width);
+  }
+  static void store_pair(bf16* p, int64_t n, Avx2 a, Avx2 b) {
+    const __m256i even = _mm256_srli_epi32(a.rounded(), 16);
+    const __m256i odd = _mm256_and_si256(b.rounded(), _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+    const __m256i both = _mm256_or_si256(even, odd);
+    std::memcpy(static_cast<void*>(p), &both, static_cast<std::size_t>(2 * (n > 16 ? 16 : n)));
   }
 
   friend Avx2 operator+(Avx2 a, Avx2 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -154,18 +216,34 @@ struct Avx2 {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
   }
+  static Avx2 sums(const Avx2 (&x)[width]) {
+    const auto four = [&](int i) {
+      const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(x[i].v, x[i + 1].v), _mm256_unpackhi_ps(x[i].v, x[i + 1].v));
+      const __m256 cd =
+          _mm256_add_ps(_mm256_unpacklo_ps(x[i + 2].v, x[i + 3].v), _mm256_unpackhi_ps(x[i + 2].v, x[i + 3].v));
+      return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    };
+    const __m256 low = four(0), high = four(4);
+    return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31))};
+  }
 
  private:
   static Avx2 widen(__m128i half) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
   }
-  __m128i narrow() const {
+  static void split(__m256i both, Avx2& even, Avx2& odd) {
+    even = {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))};
+    odd = {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+  }
+  __m256i rounded() const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
-    const __m256i high = _mm256_srli_epi32(kept, 16);
+    return _mm256_blendv_epi8(near, _mm256_set1_epi32(0x7fc00000), nan);
+  }
+  __m128i narrow() const {
+    const __m256i high = _mm256_srli_epi32(rounded(), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   }
 };

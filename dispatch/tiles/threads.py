@@ -1,4 +1,4 @@
-"""How many threads a generated kernel is tried with."""
+"""How many threads a generated kernel is tried with, and how they share the work."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ COUNTS = tuple(2**i for i in range((os.cpu_count() or 1).bit_length()))
 """Powers of two up to the machine's cores: each is a candidate, since few threads serve a small problem best."""
 
 LEAST_WORK = 2**18  # multiply-adds a thread, some 5 us: less does not pay for waking it
+
+
+def uses(*, by_rows: bool) -> tuple[Params, ...]:
+    """Every way to use threads in a linear: ``t`` of them share output channels, or, if asked for, rows (``r``)."""
+    return tuple((("t", t), ("r", r)) for t in COUNTS for r in ((0, 1) if by_rows and t > 1 else (0,)))
+
+
+def without(params: Params) -> Params:
+    """The parameters that decide the code: all but the threads'."""
+    return tuple((name, value) for name, value in params if name not in ("t", "r"))
 
 
 def objection(params: Params, work: int) -> str | None:

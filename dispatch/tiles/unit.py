@@ -25,6 +25,7 @@ class Unit:
         header: where the template is.
         type: the template with its constants, e.g. ``dks::FmaGemm<dks::Avx512, float, float, 6, 4, 0, true, 0>``;
             its static ``run`` is the function.
+        defines: names the preprocessor shall know, e.g. ``DKS_EMULATE`` to test without the instructions.
     """
 
     symbol: str
@@ -32,15 +33,21 @@ class Unit:
     kind: str
     header: str
     type: str
+    defines: tuple[str, ...] = ()
 
     @property
     def needs(self) -> Isa:
         """The instruction set that it is compiled for."""
         return ISAS[self.isa]
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What the compiler is told besides what every unit needs."""
+        return (*self.needs.options, *(f"-D{name}" for name in self.defines))
+
     def digest(self) -> str:
         """First 16 hex digits of a SHA-256 over everything that decides the code but the compiler."""
-        text = "\0".join((self.symbol, *self.needs.options, self.kind, self.header, self.type))
+        text = "\0".join((self.symbol, *self.options, self.kind, self.header, self.type))
         return hashlib.sha256(f"{text}\0{source_of(self.header)}".encode()).hexdigest()[:16]
 
 

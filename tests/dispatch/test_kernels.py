@@ -58,8 +58,8 @@ def problems(kernel: Kernel) -> Iterator[tuple[Problem, list[Problem]]]:
                 Problem.of(kernel.op, traits, {n: (statics | sizes)[n] for n in operator.dims})
                 for sizes in DYNAMIC[kernel.op]
             ]
-            if kernel.objection(sized[0]) is None:
-                yield sized[0], sized
+            if taken := [problem for problem in sized if kernel.objection(problem) is None]:
+                yield taken[0], taken
 
 
 def versions(inputs: Inputs) -> list[tuple[torch.Tensor, int, torch.Tensor]]:

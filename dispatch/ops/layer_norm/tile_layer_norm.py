@@ -13,13 +13,11 @@ import torch
 from dks.dispatch.kernel import DTYPES, Kernel, Params, Run
 from dks.dispatch.problem import Precision, Problem
 from dks.dispatch.tiles import library, threads
-from dks.dispatch.tiles.isa import ISAS
+from dks.dispatch.tiles.isa import ELEMENTS, ISAS, VECTORS
 from dks.dispatch.tiles.unit import Unit
 
 HEADER = "rows.hpp"
 _ROWS, _UNROLL = 4, 2  # within 5 % of the best of 1 to 8 rows by 1 to 8 vectors
-_VECTORS = {"avx2": "dks::Avx2", "avx512": "dks::Avx512"}
-_ELEMENTS = {"float32": "float", "bfloat16": "dks::bf16"}
 _WORK = 16  # multiply-adds that take as long as normalising one element
 
 
@@ -28,7 +26,7 @@ def layer_norm(isa: str) -> Kernel:
 
     def unit(problem: Problem, params: Params) -> Unit:
         dtype, ahead = problem.trait("dtype"), dict(params)["ahead"]
-        constants = (_VECTORS[isa], _ELEMENTS[dtype], _UNROLL, _ROWS, ("false", "true")[ahead])
+        constants = (VECTORS[isa], ELEMENTS[dtype], _UNROLL, _ROWS, ("false", "true")[ahead])
         template = f"dks::LayerNorm<{', '.join(map(str, constants))}>"
         return Unit(f"dks_layer_norm_{isa}_{dtype}_ahead{ahead}", isa, "norm", HEADER, template)
 
@@ -58,11 +56,6 @@ def layer_norm(isa: str) -> Kernel:
 
         return run
 
-    def unavailable() -> str | None:
-        if isa == "avx2" and ISAS["avx512"].unavailable() is None:
-            return "this CPU has AVX-512: its kernels are these with vectors twice as wide"
-        return ISAS[isa].unavailable()
-
     return Kernel(
         id=f"tile.layer_norm_{isa}",
         op="layer_norm",
@@ -74,7 +67,7 @@ def layer_norm(isa: str) -> Kernel:
         unit=unit,
         header=HEADER,
         suits=lambda p, params: threads.objection(params, _WORK * p.dim("m") * p.dim("n")),
-        unavailable=unavailable,
+        unavailable=ISAS[isa].unavailable,
         rank=3,
     )
 

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dks.dispatch.kernel import DTYPES, Declined, Params, Run
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
 from dks.dispatch.problem import Problem
-from dks.dispatch.tiles import library
+from dks.dispatch.tiles import library, threads
 from dks.dispatch.tiles.unit import Unit
 
 _EPILOGUES = {name: number for number, name in enumerate(("none", "relu", "gelu", "gelu_tanh", "silu", "add"))}
@@ -58,6 +58,14 @@ def packed_bytes(problem: Problem, panel: int, element: int, depth: int = 1) -> 
     return (n + -n % panel) * (k + -k % depth) * element
 
 
+def threads_objection(problem: Problem, params: Params, rows: int) -> str | None:
+    """Why these threads are not meant for a problem, or None; a tile has at most so many rows."""
+    m, t = problem.dim("m"), dict(params)["t"]
+    if dict(params)["r"] and m < t * rows:
+        return f"less than {rows} rows, a whole tile, for each of {t} threads"
+    return threads.objection(params, m * problem.dim("n") * problem.dim("k"))
+
+
 def bound(
     problem: Problem,
     params: Params,
@@ -91,7 +99,7 @@ def bound(
         k,
         _EPILOGUES[problem.trait("epilogue")],
         given["t"],
-        given.get("r", 0),
+        given["r"],
     )
     return _run(function, constant, kept, n, k, DTYPES[problem.trait("dtype")])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -11,12 +11,12 @@ from dks.dispatch.ops.linear import panels
 from dks.dispatch.ops.linear.quantize import per_channel_int8
 from dks.dispatch.problem import Precision, Problem
 from dks.dispatch.tiles import threads
-from dks.dispatch.tiles.isa import ISAS
+from dks.dispatch.tiles.isa import ELEMENTS, ISAS, VECTORS
 from dks.dispatch.tiles.unit import Unit
 
 HEADER = "gemm_fma.hpp"
-_VECTORS = {"avx2": ("dks::Avx2", 8, 16), "avx512": ("dks::Avx512", 16, 32)}  # C++ type, floats, registers
-_ELEMENTS = {"float32": "float", "bfloat16": "dks::bf16"}
+_WIDTHS = {"avx2": 8, "avx512": 16}  # floats of a vector
+_REGISTERS = {"avx2": 16, "avx512": 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class FmaTile:
 
     def check(self, isa: str) -> None:
         """Raise ValueError where there is no such kernel."""
-        _, _, registers = _VECTORS[isa]
+        registers = _REGISTERS[isa]
         if self.mr * self.nv + self.nv + 1 > registers:
             raise ValueError(
                 f"{self}: accumulators, a row of weights and a broadcast of x take more than {registers} registers"
@@ -70,15 +70,15 @@ integer arithmetic is faster at it."""
 
 def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int) -> Kernel:
     """The kernel ``tile.<weights>_<isa>`` with a candidate for each tile and number of threads."""
-    vector, width, _ = _VECTORS[isa]
+    width = _WIDTHS[isa]
 
     def unit(problem: Problem, params: Params) -> Unit:
         p, x = dict(params), problem.trait("dtype")
         # A 16-bit element can't be broadcast as a float: x is widened while it is packed.
         packs = p["pack"] or x != "float32"
         constants = (p["mr"], p["nv"], p["kc"], ("false", "true")[packs], p["pf"])
-        arguments = ", ".join(map(str, (vector, _ELEMENTS[x], weights.cpp, *constants)))
-        name = "_".join(f"{key}{value}" for key, value in params if key != "t")
+        arguments = ", ".join(map(str, (VECTORS[isa], ELEMENTS[x], weights.cpp, *constants)))
+        name = "_".join(f"{key}{value}" for key, value in threads.without(params))
         return Unit(
             f"dks_linear_{weights.name}_{isa}_{x}_{name}", isa, "linear", HEADER, f"dks::FmaGemm<{arguments}>"
         )
@@ -104,12 +104,7 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
             return f"more than {_FEW} rows are not bound by reading the weights"
         if p["kc"] > 0 and problem.dim("k") <= p["kc"]:
             return f"k is not above kc={p['kc']}: nothing to block"
-        return threads.objection(params, m * problem.dim("n") * problem.dim("k"))
-
-    def unavailable() -> str | None:
-        if isa == "avx2" and ISAS["avx512"].unavailable() is None:
-            return "this CPU has AVX-512: its kernels are these with vectors twice as wide"
-        return ISAS[isa].unavailable()
+        return panels.threads_objection(problem, params, p["mr"])
 
     for tile in tiles:
         tile.check(isa)
@@ -121,15 +116,11 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
         bind=bind,
         form=weights.form,
         form_bytes=lambda p: panels.packed_bytes(p, widest, weights.dtype.itemsize) + 4 * p.dim("n"),
-        params=tuple(
-            (("mr", t.mr), ("nv", t.nv), ("kc", t.kc), ("pack", t.pack), ("pf", t.pf), ("t", count))
-            for t in tiles
-            for count in threads.COUNTS
-        ),
+        params=tuple((*asdict(tile).items(), *use) for tile in tiles for use in threads.uses(by_rows=tile.kc > 0)),
         unit=unit,
         header=HEADER,
         suits=suits,
-        unavailable=unavailable,
+        unavailable=ISAS[isa].unavailable,
         rank=rank,
     )
 
@@ -140,7 +131,6 @@ KERNELS = (
         "avx512",
         (
             FmaTile(4, 4, pf=8),
-            FmaTile(6, 4, pf=8),
             FmaTile(8, 3, pf=8),
             FmaTile(8, 3, kc=256, pack=1),
             FmaTile(12, 2, kc=192, pack=1, pf=4),

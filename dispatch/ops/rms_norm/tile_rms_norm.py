@@ -1,0 +1,74 @@
+"""Generated rms_norms (``tiles/rows.hpp``), which add a residual in the same pass; see the layer_norms."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from dks.dispatch.kernel import DTYPES, Kernel, Launch, Params
+from dks.dispatch.problem import Precision, Problem
+from dks.dispatch.tiles import library, threads
+from dks.dispatch.tiles.isa import ELEMENTS, ISAS, VECTORS
+from dks.dispatch.tiles.unit import Unit
+
+HEADER = "rows.hpp"
+_ROWS, _UNROLL = 4, 2  # as for layer_norm
+_WORK = 12  # multiply-adds that take as long as normalising one element
+
+
+def rms_norm(isa: str) -> Kernel:
+    """The kernel ``tile.rms_norm_<isa>``."""
+
+    def unit(problem: Problem, params: Params) -> Unit:
+        dtype, ahead = problem.trait("dtype"), dict(params)["ahead"]
+        constants = (VECTORS[isa], ELEMENTS[dtype], _UNROLL, _ROWS, ("false", "true")[ahead])
+        template = f"dks::RmsNorm<{', '.join(map(str, constants))}>"
+        return Unit(f"dks_rms_norm_{isa}_{dtype}_ahead{ahead}", isa, "norm", HEADER, template)
+
+    def bind(problem: Problem, params: Params, weight: torch.Tensor | None, eps: float | None) -> Launch:
+        """weight (n,) of x's dtype, or None -> run(x (..., n)) -> (..., n), or run(x, r) -> (y, h).
+
+        Raises:
+            ValueError: weight has another shape or dtype.
+            Missing: there is no compiled form of it.
+        """
+        n, dtype = problem.dim("n"), DTYPES[problem.trait("dtype")]
+        kept = None if weight is None else weight.detach().contiguous()
+        if kept is not None and (kept.dtype != dtype or kept.shape != (n,)):
+            raise ValueError(f"weight: found {tuple(kept.shape)} {kept.dtype}, expected ({n},) {dtype}")
+        # torch takes float32's epsilon for 16-bit types too: it computes in float32.
+        least = torch.finfo(torch.float32).eps if eps is None else eps
+        constant = library.Norm(None if kept is None else kept.data_ptr(), None, n, least, dict(params)["t"])
+        call, given, empty_like = library.function(unit(problem, params)), ctypes.byref(constant), torch.empty_like
+
+        # What the address points to must outlive the function: its defaults hold it.
+        def run(x: torch.Tensor, _kept: object = kept) -> torch.Tensor:
+            y = empty_like(x)
+            call(given, x.data_ptr(), None, y.data_ptr(), None, x.numel() // n)
+            return y
+
+        def fused(x: torch.Tensor, r: torch.Tensor, _kept: object = kept) -> tuple[torch.Tensor, torch.Tensor]:
+            y, h = empty_like(x), empty_like(x)
+            call(given, x.data_ptr(), r.data_ptr(), y.data_ptr(), h.data_ptr(), x.numel() // n)
+            return y, h
+
+        return fused if problem.trait("residual") == "yes" else run
+
+    return Kernel(
+        id=f"tile.rms_norm_{isa}",
+        op="rms_norm",
+        precision={"float32": Precision.EXACT, "bfloat16": Precision.BF16},
+        bind=bind,
+        form="the address of the weight",  # a form, since binding takes longer than a small call
+        form_bytes=lambda _: ctypes.sizeof(library.Norm),
+        params=tuple((("ahead", ahead), ("t", t)) for ahead in (0, 1) for t in threads.COUNTS),
+        unit=unit,
+        header=HEADER,
+        suits=lambda p, params: threads.objection(params, _WORK * p.dim("m") * p.dim("n")),
+        unavailable=ISAS[isa].unavailable,
+        rank=3,
+    )
+
+
+KERNELS = (rms_norm("avx512"), rms_norm("avx2"))
