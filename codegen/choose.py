@@ -96,7 +96,7 @@ def costs(
 
     Returns:
         Candidate to nanoseconds (joules where the objective is energy), each the default's divided by its ratio;
-        empty where the default was not timed.
+        empty where the default was not timed, or its joules not measured.
     """
     default_id = pool.operators()[problem.op].default
     default = next((row for row in rows if row.candidate == default_id), None)
@@ -104,6 +104,8 @@ def costs(
         return {}
     compared = compared or Comparisons(policy.objective)
     bout, spent = _Bout(default, policy, compared), compared.spent(default)
+    if not spent:
+        return {}
     winners = [c for c in bout.field(problem, form, rows, barred or {}) if not c.objection and bout.is_ahead(c)]
     return {default_id: spent, **{c.row.candidate: spent / c.value for c in winners}}
 

@@ -166,6 +166,12 @@ def test_problems_whose_default_failed_are_left_alone() -> None:
     assert rule.candidate == DEFAULT and "it failed: it did" in rule.reason and "at most" not in rule.reason
 
 
+def test_a_bin_of_the_default_alone_needs_no_joules() -> None:
+    joules = [dataclasses.replace(r, energy_j=r.median_ns) for r in three_winners()]
+    lut = select([*joules, row(DEFAULT, 90, problem(16))], dataclasses.replace(capped(3), objective="energy"))
+    assert chosen(lut) == [TILES[0], DEFAULT, PACKED, PACKED] and lut.few[0].worst == 0.05
+
+
 def test_no_known_traffic() -> None:
     lut = select([dataclasses.replace(r, weight=0.0) for r in three_winners()], capped(3))
     assert chosen(lut) == [TILES[0], PACKED, PACKED] and lut.few[0].weighted is None
