@@ -221,6 +221,40 @@ void linear(dks_linear_fn f, const char* name, int rounds) {
   }
 }
 
+// Two inputs a byte, a scale for every GROUP of them; see gemm_int4.hpp.
+template <class X, int PANEL, int GROUP>
+void linear_int4(dks_linear_fn f, const char* name, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t size = 1 + round % 70, m = round % 3 == 0 ? size : pick(1, 9);
+    const int64_t n = round % 3 == 1 ? size : pick(1, 70), k = round % 3 == 2 ? size : pick(1, 150);
+    const int64_t panels = (n + PANEL - 1) / PANEL, groups = (k + GROUP - 1) / GROUP, bytes = (k + 1) / 2;
+    Exact<uint8_t> weight(panels * bytes * PANEL, 0);
+    Exact<float> scale(panels * groups * PANEL, 0), bias(n);
+    Exact<X> x(m * k), residual(m * n);
+    draw(x.data, m * k), draw(residual.data, m * n), draw(bias.data, n), draw(scale.data, panels * groups * PANEL);
+    for (int64_t i = 0; i < panels * bytes * PANEL; ++i) weight.data[i] = static_cast<uint8_t>(pick(0, 255));
+    for (const int threads : {1, 3}) {
+      const bool adds = round % 2 == 1;
+      const dks_linear w{weight.data, bias.data, scale.data, nullptr, n, k, adds ? DKS_ADD : DKS_NONE, threads, 0};
+      Exact<X> y(m * n);
+      if (f(&w, x.data, adds ? residual.data : nullptr, y.data, m) != DKS_OK) ++wrong;
+      ++cases;
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          const int64_t panel = j / PANEL, column = j % PANEL;
+          double sum = bias.data[j] + (adds ? wide(residual.data[i * n + j]) : 0.0f), length = 0;
+          for (int64_t c = 0; c < k; ++c) {
+            const int both = weight.data[(panel * bytes + c / 2) * PANEL + column], q = c % 2 == 0 ? both & 15 : both >> 4;
+            const double part = (q - 8.0) * scale.data[(panel * groups + c / GROUP) * PANEL + column] * wide(x.data[i * k + c]);
+            sum += part, length += std::fabs(part);
+          }
+          compare(name, y.data[i * n + j], sum, length, "row, column, m, n, k, threads", {i, j, m, n, k, threads});
+        }
+      }
+    }
+  }
+}
+
 template <class X, bool MEAN>
 void norm(dks_norm_fn f, const char* name, int rounds) {
   for (int round = 0; round < rounds; ++round) {

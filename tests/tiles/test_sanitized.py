@@ -52,6 +52,10 @@ def cases() -> Iterator[tuple[Unit, str]]:
         w, group, rounds = ("int8_t", 4, "TO_INT8") if "Int8" in template else ("dks::bf16", 2, "TO_BF16")
         step = 16 * group if "Amx" in template else group
         yield made, f"linear<{x}, {w}, Form<{panel}, {group}, {step}, {rounds}>>({made.symbol}, "
+    for isa, x, panel in (("avx512", "dks::bf16", 64), ("avx2", "float", 16)):
+        vector, width = VECTORS[isa]
+        made = unit(isa, "linear", "gemm_int4.hpp", f"Int4Gemm<{vector}, {x}, 4, {panel // width}, 32, 16>")
+        yield made, f"linear_int4<{x}, {panel}, 32>({made.symbol}, "
     for isa, kind, template, x, constants in ROWS:
         made = unit(isa, kind, "rows.hpp", f"{template}<{VECTORS[isa][0]}, {x}, {constants}>")
         arguments = x if kind == "softmax" else f"{x}, {'true' if template == 'LayerNorm' else 'false'}"
@@ -76,7 +80,7 @@ SANITIZERS = {
 }
 
 
-@pytest.mark.parametrize(("sanitizer", "rounds"), [("address", 210), ("thread", 12)])
+@pytest.mark.parametrize(("sanitizer", "rounds"), [("address", 105), ("thread", 12)])
 def test_on_exactly_sized_memory(sanitizer: str, rounds: int, tmp_path: Path) -> None:
     compiler, lack = find_compiler()
     known = here()

@@ -30,8 +30,12 @@ def shared(weight: torch.Tensor, key: tuple[object, ...], make: Callable[[], _T]
     Args:
         key: the form: element, panel, whatever else tells two forms apart.
     """
-    forms = _forms.setdefault(weight, {})  # type: ignore[no-untyped-call]
-    key = (weight._version, *key)
+    if weight.is_inference():  # nothing would tell that it was written to since
+        return make()
+    version, forms = _forms.get(weight, (None, {}))  # type: ignore[no-untyped-call]
+    if version != weight._version:
+        forms = {}
+        _forms[weight] = (weight._version, forms)
     if key not in forms:
         forms[key] = make()
     made: _T = forms[key]
