@@ -80,7 +80,7 @@ SANITIZERS = {
 }
 
 
-@pytest.mark.parametrize(("sanitizer", "rounds"), [("address", 105), ("thread", 12)])
+@pytest.mark.parametrize(("sanitizer", "rounds"), [("address", 210), ("thread", 12)])
 def test_on_exactly_sized_memory(sanitizer: str, rounds: int, tmp_path: Path) -> None:
     compiler, lack = find_compiler()
     known = here()
