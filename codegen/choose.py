@@ -81,6 +81,35 @@ def choose(
     return bout.default_rule(problem, form, field, passed_over)
 
 
+def costs(
+    problem: Problem,
+    form: str,
+    rows: Sequence[Measurement],
+    policy: Policy,
+    barred: Mapping[str, str] | None = None,
+    compared: Comparisons | None = None,
+) -> dict[str, float]:
+    """What a call costs by each candidate that may serve: the default, and every other that ``choose`` would
+    let win if it were the only one.
+
+    Args: as those of ``choose``.
+
+    Returns:
+        Candidate to nanoseconds (joules where the objective is energy), each the default's divided by its ratio;
+        empty where the default was not timed, or its joules not measured.
+    """
+    default_id = pool.operators()[problem.op].default
+    default = next((row for row in rows if row.candidate == default_id), None)
+    if default is None or not is_timed(default):
+        return {}
+    compared = compared or Comparisons(policy.objective)
+    bout, spent = _Bout(default, policy, compared), compared.spent(default)
+    if not spent:
+        return {}
+    winners = [c for c in bout.field(problem, form, rows, barred or {}) if not c.objection and bout.is_ahead(c)]
+    return {default_id: spent, **{c.row.candidate: spent / c.value for c in winners}}
+
+
 class _Bout:
     """The default against its challengers."""
 

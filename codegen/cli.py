@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.markup import escape
@@ -56,15 +57,19 @@ def cli() -> None:
     type=float,
     help="Build only if the 95th percentile of the regret on held-out shapes is at most this, such as 0.05.",
 )
+@click.option(
+    "--max-kernels",
+    type=int,
+    help="Choose at most so many kernels for an operator, form and dtype, the framework's own counted [4].",
+)
 @click.option("--device", help="Build for results of another machine: the arch they name, in full.")
 def build(
     run_dirs: tuple[Path, ...],
     out: Path,
     name: str,
-    max_error: float | None,
     objective: str,
-    max_regret: float | None,
     device: str | None,
+    **limits: Any,
 ) -> int:
     """Select winners from RUN_DIR... and generate OUT_DIR/NAME.
 
@@ -77,12 +82,13 @@ def build(
     """
     check_package_name(name)
     check_destination(out, name)
-    policy = load_policy(objective, max_error, max_regret)
+    policy = load_policy(objective, **limits)
     rows = [row for folder in run_dirs for row in read_run(folder)]
     lut = select(rows, policy)
     _check_device(lut.environment, device)
     built = build_package(lut, rows, out, name)
     _print_summary(lut)
+    _print_few(lut)
     _print_certificate(lut.certificate)
     state = "built" if built.changed else "unchanged"
     click.echo(
@@ -127,6 +133,17 @@ def _print_summary(lut: Lut) -> None:
         statics = " ".join(f"{k}={v}" for k, v in group.statics)
         table.add_row(group.op, group.form, traits, statics, chosen)
     command_line.print_table(table)
+
+
+def _print_few(lut: Lut) -> None:
+    """What the limit on kernels costs, where it changed anything."""
+    for few in lut.few:
+        weighted = "no known traffic" if few.weighted is None else f"{percent(few.weighted)} weighted by traffic"
+        click.echo(
+            f"{few.op} {few.form} with {few.dtype}: {len(few.after)} of {len(few.before)} kernels kept, at most "
+            f"{lut.policy.max_kernels}; that changed {few.changed} rules and costs {weighted}, at worst "
+            f"{percent(few.worst)} ({few.worst_problem})"
+        )
 
 
 def _print_certificate(certificate: Certificate) -> None:

@@ -37,6 +37,13 @@ class Comparisons:
         self._pairs: dict[tuple[str, str], Pairs] = {}
         self._intervals: dict[tuple[str, str], Interval] = {}
 
+    def spent(self, row: Measurement) -> float:
+        """What one call of a timed candidate costs in the objective's terms: joules, or mean or median
+        nanoseconds; 0 where that was not measured."""
+        if self._objective == "energy":
+            return row.energy_j or 0.0
+        return fmean(row.samples_ns) if self._objective == "throughput" else row.median_ns or 0.0
+
     def pairs(self, peer: Measurement, ours: Measurement) -> Pairs:
         """The rounds both took part in, by process."""
         key = (peer.candidate, ours.candidate)

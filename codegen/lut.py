@@ -54,6 +54,28 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Few:
+    """What the policy's ``max_kernels`` changed for one operator, form and activation dtype.
+
+    Attributes:
+        before: the candidates that would be chosen without it; after: those that are. Both with the default.
+        changed: how many rules have another candidate for it.
+        weighted: what a call costs more, over all bins by traffic, as a share; None where no weight is known.
+        worst: the same of the bin where it is most; worst_problem: its id.
+    """
+
+    op: str
+    form: str
+    dtype: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    changed: int
+    weighted: float | None
+    worst: float
+    worst_problem: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lut:
     """A selected table with its evidence.
 
@@ -61,6 +83,7 @@ class Lut:
         rules: one a measured problem and form, in the order the cells name them.
         expected_us: by activation dtype, expected time of one model call over the shared problems.
         certificate: what the choices are worth on shapes that none of them was made from.
+        few: where more candidates were ahead than the policy's ``max_kernels``.
     """
 
     environment: Environment
@@ -69,6 +92,7 @@ class Lut:
     groups: tuple[Group, ...]
     expected_us: dict[str, float]
     certificate: Certificate = dataclasses.field(default_factory=Certificate)
+    few: tuple[Few, ...] = ()
 
     def table(self) -> Table:
         """The dispatch table, without the evidence."""
@@ -89,6 +113,7 @@ class Lut:
         head |= self.certificate.to_json()
         lists = {
             "rules": [dataclasses.asdict(rule) for rule in self.rules],
+            "few": [dataclasses.asdict(few) for few in self.few],
             "held_out": [dataclasses.asdict(shape) for shape in self.certificate.shapes],
             "groups": [_group_json(group) for group in self.groups],
         }

@@ -34,6 +34,9 @@ class Policy:
         require_stable: only kernels that gave the same bits each time may challenge.
         max_regret: largest 95th percentile of the regret over held-out shapes with which a package is built,
             as a share of the best time; None builds with any. See ``dks.codegen.certificate``.
+        max_kernels: at most so many distinct candidates serve an operator, form and activation dtype, over all
+            its bins, the default counted: it is always there, for what is not in the table. One is the default
+            alone; None is no limit. See ``dks.codegen.few``.
     """
 
     max_error: float = 1e-2
@@ -44,6 +47,7 @@ class Policy:
     min_processes: int = 2
     require_stable: bool = False
     max_regret: float | None = None
+    max_kernels: int | None = 4
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -65,6 +69,8 @@ class Policy:
         limit = self.max_form_bytes
         if limit is not None and not _is_whole(limit, 0):
             raise BadInput(f"max_form_bytes: found {limit!r}, expected a whole number of bytes")
+        if self.max_kernels is not None and not _is_whole(self.max_kernels, 1):
+            raise BadInput(f"max_kernels: found {self.max_kernels!r}, expected a whole number from 1")
         if not _is_whole(self.min_processes, 1):
             raise BadInput(f"min_processes: found {self.min_processes!r}, expected a whole number from 1")
         if not isinstance(self.require_stable, bool):
@@ -75,16 +81,21 @@ def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def load_policy(objective: str, max_error: float | None = None, max_regret: float | None = None) -> Policy:
+def load_policy(
+    objective: str,
+    max_error: float | None = None,
+    max_regret: float | None = None,
+    max_kernels: int | None = None,
+) -> Policy:
     """The policy of the command line: an objective's name, or a YAML file with the fields of ``Policy``.
 
     Args:
-        max_error, max_regret: override the file's; None keeps it.
+        max_error, max_regret, max_kernels: override the file's; None keeps it.
 
     Raises:
         BadInput: no such file, unknown keys, or values out of range.
     """
-    given = {"max_error": max_error, "max_regret": max_regret}
+    given = {"max_error": max_error, "max_regret": max_regret, "max_kernels": max_kernels}
     overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if objective in OBJECTIVES:
         return Policy(objective=objective, **overrides)

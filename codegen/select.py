@@ -7,13 +7,14 @@ say what the table is worth between the sizes it was made from (``certificate.py
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from dks.codegen.admission import failure, forms
 from dks.codegen.certificate import certify
-from dks.codegen.choose import choose
+from dks.codegen.choose import choose, costs
 from dks.codegen.compare import Comparisons
+from dks.codegen.few import Costs, keep_few
 from dks.codegen.grid import Grid, sizes_of
 from dks.codegen.lut import Evidence, Lut
 from dks.codegen.policy import Policy
@@ -52,12 +53,17 @@ def select(rows: Iterable[Measurement], policy: Policy) -> Lut:
     # Both forms ask for many of the same ratios.
     compared: dict[Problem, Comparisons] = defaultdict(lambda: Comparisons(policy.objective))
 
-    def rule(problem: Problem, form: str) -> Evidence:
-        return choose(problem, form, by_problem[problem], policy, barred.get(problem), compared[problem])
+    def rule(problem: Problem, form: str, among: Collection[str] | None = None) -> Evidence:
+        rows = [row for row in by_problem[problem] if among is None or row.candidate in among]
+        return choose(problem, form, rows, policy, barred.get(problem), compared[problem])
+
+    def spent(problem: Problem, form: str) -> Costs:
+        return costs(problem, form, by_problem[problem], policy, barred.get(problem), compared[problem])
 
     evidence: list[Evidence] = []
     groups = [_group(key, form, grid, rule, evidence) for key, grid in grids.items() for form in forms(key[0])]
-    lut = Lut(environment, policy, tuple(evidence), tuple(groups), _expected(groups, evidence))
+    rules, few = keep_few(evidence, spent, rule, policy.max_kernels)
+    lut = Lut(environment, policy, rules, tuple(groups), _expected(groups, rules), few=few)
     return replace(lut, certificate=certify(lut.table(), held_out, policy))
 
 

@@ -35,7 +35,7 @@ enum { DKS_CHUNK = 64 };
 struct dks_linear {
   const void* weight;
   const float* bias;   /* n, or null */
-  const float* scale;  /* of an output channel (n), for integer weights; int4: see gemm_fma.hpp */
+  const float* scale;  /* of an output channel (n), for integer weights; int4: see gemm_int4.hpp */
   const int32_t* sums; /* sum of an output channel's integer weights (n); null where the kernel needs none */
   int64_t n, k;
   int32_t epilogue; /* enum dks_epilogue */

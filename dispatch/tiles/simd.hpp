@@ -36,6 +36,14 @@ struct Avx512 {
   static Avx512 load(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
   }
+  // A vector of bytes as the int4 numbers of their low and high halves, less 8.
+  static void load_int4(const uint8_t* p, Avx512& low, Avx512& high) {
+    // A look-up reads the low 4 bits of an index.
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    low = {_mm512_permutexvar_ps(wide, values)};
+    high = {_mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), values)};
+  }
   // The first n of a vector, 0 < n; zero behind them, and nothing behind them is read.
   static Avx512 load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   static Avx512 load(const bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
@@ -138,6 +146,12 @@ struct Avx2 {
   static Avx2 load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static Avx2 load(const int8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+  }
+  static void load_int4(const uint8_t* p, Avx2& low, Avx2& high) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i eight = _mm256_set1_epi32(8), half = _mm256_and_si256(wide, _mm256_set1_epi32(15));
+    low = {_mm256_cvtepi32_ps(_mm256_sub_epi32(half, eight))};
+    high = {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(wide, 4), eight))};
   }
   static Avx2 load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
   static Avx2 load(const bf16* p, int64_t n) {

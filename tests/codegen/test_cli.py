@@ -165,6 +165,22 @@ def test_a_limit_on_the_regret_refuses_and_writes_nothing(folder: Path, tmp_path
     assert odd.returncode == 2 and "max_regret" in odd.stderr
 
 
+def test_a_limit_on_kernels_is_printed_and_kept(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("build", folder, "-o", out, "--name", "small_table")
+    assert "kernels kept" not in command(*words).stdout
+    capped = command(*words, "--max-kernels", 1)
+    assert capped.returncode == 0, capped.stderr
+    assert (
+        "linear prepared with float32: 1 of 3 kernels kept, at most 1; that changed 3 rules and costs"
+        in capped.stdout
+    )
+    assert f"({problem(256).id})" in capped.stdout
+    assert json.loads((out / "small_table" / "manifest.json").read_text())["policy"]["max_kernels"] == 1
+    odd = command(*words, "--max-kernels", 0)
+    assert odd.returncode == 2 and "max_kernels: found 0, expected a whole number from 1" in odd.stderr
+
+
 def test_a_manifest_of_before_certificates_still_reads(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command("build", folder, "-o", out, "--name", "small_table").returncode == 0

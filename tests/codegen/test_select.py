@@ -167,7 +167,20 @@ def test_policies_from_files(tmp_path: Path) -> None:
     path.write_text("min_processes: 3\nrequire_stable: true\nmax_regret: 0.1\n")
     assert load_policy(str(path)) == Policy(min_processes=3, require_stable=True, max_regret=0.1)
     assert load_policy(str(path), max_regret=0.2).max_regret == 0.2
-    for text in ("min_processes: 0", "min_processes: true", "require_stable: 1", "max_regret: -1", "tie: x"):
+    path.write_text("max_kernels: 7\n")
+    assert load_policy(str(path)).max_kernels == 7 and load_policy(str(path), max_kernels=2).max_kernels == 2
+    path.write_text("max_kernels: null\n")
+    assert load_policy(str(path)).max_kernels is None and Policy().max_kernels == 4
+    for text in (
+        "max_kernels: 0",
+        "max_kernels: true",
+        "max_kernels: 2.5",
+        "min_processes: 0",
+        "min_processes: true",
+        "require_stable: 1",
+        "max_regret: -1",
+        "tie: x",
+    ):
         path.write_text(text)
         with pytest.raises(BadInput, match=text.partition(":")[0]):
             load_policy(str(path))
