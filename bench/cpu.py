@@ -230,7 +230,7 @@ def measure_all(cells: Sequence[Cell], seconds: float) -> Mapping[Cell, Result]:
     for done, cell in enumerate(cells):
         start = time.monotonic()
         share = max(0.0, (end - start) / (len(cells) - done) - set_up)
-        first, judged = Limits(PICKING * share, 1, MOST), Limits((1 - PICKING) * share, LEAST, MOST)
+        first, judged = Limits(PICKING * share, 4, MOST), Limits((1 - PICKING) * share, LEAST, MOST)
         result = found[cell] = bench.measure(cell, first, judged)
         set_up = max(0.0, time.monotonic() - start - sum(map(_seconds, (result.first, result.judged))))
         print(f"[{done + 1}/{len(cells)}] {cell}: {_in_words(result)}", flush=True)
