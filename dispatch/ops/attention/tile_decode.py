@@ -32,7 +32,7 @@ def decode_kernel(isa: str) -> Kernel:
         function = library.function(decode.decode_unit(isa, problem, params))
         h, hkv, d = (problem.dim(name) for name in ("h", "hkv", "d"))
         default_scale, count = d**-0.5, dict(params)["t"]
-        empty, address, form = torch.empty, ctypes.addressof, library.Decode
+        address, form = ctypes.addressof, library.Decode
 
         def run(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: torch.Tensor | None, scale: float | None
@@ -40,7 +40,7 @@ def decode_kernel(isa: str) -> Kernel:
             if q.shape[2] != 1:
                 raise Declined("more than one query row")
             b = q.shape[0]
-            y = empty((b, h, 1, d), dtype=q.dtype, device="cpu")
+            y = q.new_empty(b, h, 1, d)
             # One for each call: several threads may be here at once.
             call = form(b, h, hkv, d, k.shape[2], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3])
             call.scale = default_scale if scale is None else scale

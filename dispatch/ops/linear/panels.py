@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dks.dispatch.kernel import DTYPES, Declined, Params, Run
+from dks.dispatch.kernel import Declined, Params, Run
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
 from dks.dispatch.problem import Problem
 from dks.dispatch.tiles import library, threads
@@ -101,24 +101,13 @@ def bound(
         given["t"],
         given["r"],
     )
-    return _run(function, constant, kept, n, k, DTYPES[problem.trait("dtype")])
-
-
-def _run(
-    function: Callable[..., int],
-    constant: library.Linear,
-    kept: Sequence[torch.Tensor | None],
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Run:
-    address, empty = ctypes.addressof(constant), torch.empty
+    address = ctypes.addressof(constant)
 
     # What the address points to must outlive the function: its defaults hold it.
     def run(
         x: torch.Tensor, residual: torch.Tensor | None = None, _kept: object = (constant, kept)
     ) -> torch.Tensor:
-        y = empty((*x.shape[:-1], n), dtype=dtype, device="cpu")
+        y = x.new_empty(*x.shape[:-1], n)  # sizes one by one: torch takes a microsecond more to read a tuple
         other = None if residual is None else residual.data_ptr()
         if function(address, x.data_ptr(), other, y.data_ptr(), x.numel() // k):
             raise Declined("activations are not finite, or memory ran out")

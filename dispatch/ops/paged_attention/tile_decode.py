@@ -24,7 +24,7 @@ def decode_kernel(isa: str) -> Kernel:
         function = library.function(decode.decode_unit(isa, problem, params))
         h, hkv, d, page = (problem.dim(name) for name in ("h", "hkv", "d", "page"))
         default_scale, count = d**-0.5, dict(params)["t"]
-        empty, address, form = torch.empty, ctypes.addressof, library.Decode
+        address, form = ctypes.addressof, library.Decode
 
         def run(
             q: torch.Tensor,
@@ -37,7 +37,7 @@ def decode_kernel(isa: str) -> Kernel:
             b, pages = block_table.shape
             k_b, k_s, k_h, _ = k_cache.stride()
             v_b, v_s, v_h, _ = v_cache.stride()
-            y = empty((b, h, d), dtype=q.dtype, device="cpu")
+            y = q.new_empty(b, h, d)
             # One for each call: several threads may be here at once.
             call = form(b, h, hkv, d, pages * page, *q.stride()[:2], k_b, k_h, k_s, v_b, v_h, v_s, page)
             call.block_table, call.table_stride = block_table.data_ptr(), block_table.stride(0)
