@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BUSY ?= 0
 
-.PHONY: help setup setup-demo test soak lint demo bench bench-replay bench-aa bench-agree bench-heldout clean
+.PHONY: help setup setup-demo test soak lint demo bench bench-replay bench-aa bench-agree bench-heldout bench-cpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ bench-agree: setup ## two sweeps of a hundred problems: do their choices agree? 
 
 bench-heldout: setup ## regret on sizes that no choice was made from, every operator, at most 4 kernels each
 	$(BIN)/python -m bench.heldout
+
+bench-cpu: setup ## the generated CPU kernels against torch, oneDNN and the machine's own roofs, on one thread
+	$(BIN)/python -m bench.cpu
 
 clean: ## remove the environment and all results
 	rm -rf $(VENV) runs

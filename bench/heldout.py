@@ -1,6 +1,6 @@
 """``make bench-heldout``: regret on sizes that no choice was made from, of tables of at most 4 kernels an operator.
 
-Sweeps ``heldout.yaml``, builds a table for each error budget, and prints its certificate: the table's choice on each
+Sweeps ``heldout.yaml``, builds a table for each error budget, and prints its certificate: what the table chooses on a
 held-out size against the best candidate that was measured there.
 """
 
