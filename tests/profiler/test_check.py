@@ -406,6 +406,10 @@ def test_no_good_kernel_is_out(op: str, traits: dict[str, str], statics: dict[st
         problem = Problem.of(op, traits, dims, max(align, LEAST[traits["dtype"]]))
         for candidate in pool.candidates_for(op):
             verdict = checker.check(problem, candidate)
-            assert verdict.status in ("ok", "unsupported", "unavailable"), (problem.id, candidate.id, verdict)
+            assert verdict.status in ("ok", "unsupported", "unsuited", "unavailable"), (
+                problem.id,
+                candidate.id,
+                verdict,
+            )
             if verdict.status == "ok":
                 assert set(verdict.errors) == {"normal", "outliers"} and not verdict.poisoned
