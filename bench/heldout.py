@@ -1,7 +1,7 @@
 """``make bench-heldout``: regret on sizes that no choice was made from, of tables of at most 4 kernels an operator.
 
-Sweeps ``heldout.yaml``, builds a table for each error budget, and prints its certificate: what the table chooses on a
-held-out size against the best candidate that was measured there.
+Sweeps ``heldout.yaml``, builds a table for each error budget, and prints its certificate: what the table chooses on
+a held-out size against the best candidate that was measured there.
 """
 
 from __future__ import annotations
