@@ -1,7 +1,7 @@
 /* The C interface of generated kernels. Plain C: a server without Python or C++ can call them too.
  *
  * A kernel is one function. It is reentrant, keeps no pointer of a call, never writes outside its output, and
- * runs on the caller's thread and at most `threads - 1` of OpenMP's.
+ * runs on the caller's thread and at most `threads - 1` of OpenMP's, and never on more than omp_get_max_threads().
  */
 #ifndef DKS_ABI_H
 #define DKS_ABI_H
@@ -10,7 +10,9 @@
 
 enum {
   DKS_OK = 0,
-  DKS_DECLINED = 1, /* values outside its domain, such as NaN where integers are multiplied; y is undefined */
+  /* Values or sizes outside its domain, such as NaN where integers are multiplied; or no memory, or no tiles, were
+   * to be had. y is undefined. */
+  DKS_DECLINED = 1,
 };
 
 enum dks_epilogue {

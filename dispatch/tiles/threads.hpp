@@ -12,6 +12,7 @@ void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((we
 void GOMP_barrier() __attribute__((weak));
 int omp_get_thread_num() __attribute__((weak));
 int omp_get_num_threads() __attribute__((weak));
+int omp_get_max_threads() __attribute__((weak));
 }
 
 namespace dks {
@@ -25,9 +26,11 @@ inline bool is_orphan() {
 }
 
 // body(thread, threads) on up to `threads` threads; a team may be smaller than asked for, so the body shares
-// out its work by what it is told.
+// out its work by what it is told. Never more than the caller's OpenMP would take by itself (torch.set_num_threads
+// sets that): a forked child that was told to stay on one thread has no others, and would wait for them forever.
 template <class Body>
 inline void parallel(int threads, const Body& body) {
+  if (threads > 1 && omp_get_max_threads != nullptr && omp_get_max_threads() < threads) threads = omp_get_max_threads();
   if (threads <= 1 || GOMP_parallel == nullptr || GOMP_barrier == nullptr || omp_get_thread_num == nullptr ||
       omp_get_num_threads == nullptr || is_orphan()) {
     body(0, 1);
