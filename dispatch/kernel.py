@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
-_OPS = "dks.dispatch.ops."
+_BUILT_ON = re.compile(r"dks\.dispatch\.(ops\.\w+|tiles)\.")
+"""Modules that a kernel builds on. An operator's package only declares; what counts are the modules beside it."""
 
 Params = tuple[tuple[str, int], ...]
 """Names and values of one parameter set."""
@@ -136,8 +138,7 @@ def source_digest(kernel: Kernel) -> str:
         seen[name] = Path(module.__file__).read_bytes()
         for value in vars(module).values():
             owner = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
-            # An operator's package only declares; what a kernel builds on are the modules beside it.
-            if owner and owner.startswith(_OPS) and owner.count(".") > _OPS.count("."):
+            if owner and _BUILT_ON.match(owner):
                 todo.append(owner)
     if kernel.header:
         seen[kernel.header] = source_of(kernel.header).encode()
