@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,19 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dks"
 
 
+def distrust() -> str:
+    """Why nothing may be loaded from the folder of compiled units, or an empty text. What lies there is code."""
+    try:
+        status = cache().stat()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f"{cache()}: {error.strerror}"
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+        return f"{cache()}: others may write there, expected a folder of your own: chmod o-w, or set {CACHE}"
+    return ""
+
+
 def build(units: Iterable[Unit]) -> dict[str, str]:
     """Compile what is not in the cache, on all cores.
 
@@ -52,12 +66,18 @@ def is_built(unit: Unit) -> bool:
 
 
 def locate(unit: Unit) -> Path:
-    """The compiled library of one unit. Raises Missing where ``build`` has not made it, with the reason."""
+    """The compiled library of one unit.
+
+    Raises:
+        Missing: ``build`` has not made it, with the reason; or others may write to the folder.
+    """
+    if why := distrust():
+        raise Missing(why)
     path = _path(unit, ".so")
     if path.is_file():
         return path
-    why = _path(unit, ".txt")
-    raise Missing(why.read_text(encoding="utf-8") if why.is_file() else f"{unit.symbol}: is not in {cache()}")
+    failed = _path(unit, ".txt")
+    raise Missing(failed.read_text(encoding="utf-8") if failed.is_file() else f"{unit.symbol}: is not in {cache()}")
 
 
 def link(units: Sequence[Unit], out: Path) -> None:
@@ -89,6 +109,8 @@ def source(units: Sequence[Unit]) -> str:
 
 def _build_one(unit: Unit) -> str:
     """Why it failed, or an empty text."""
+    if why := distrust():
+        return why
     if is_built(unit):
         return ""
     compiler, reason = find_compiler()
@@ -105,7 +127,7 @@ def _build_one(unit: Unit) -> str:
 
 def _compile(compiler: Sequence[str], unit: Unit) -> str:
     try:
-        cache().mkdir(parents=True, exist_ok=True)
+        cache().mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".compile-", dir=cache()) as name:
             folder = Path(name)
             (folder / "unit.cpp").write_text(source([unit]), encoding="utf-8")
@@ -143,7 +165,7 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 def _put(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
     Path(file.name).replace(path)
