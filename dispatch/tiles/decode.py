@@ -45,4 +45,5 @@ def decode_unit(isa: str, problem: Problem, params: Params) -> Unit:
 
 def suits(problem: Problem, params: Params) -> str | None:
     """As many threads as there is work for."""
-    return threads.objection(params, 2 * problem.dim("b") * problem.dim("h") * problem.dim("kv") * problem.dim("d"))
+    b, h, hkv, kv, d = (problem.dim(name) for name in ("b", "h", "hkv", "kv", "d"))
+    return threads.objection(params, 2 * b * h * kv * d, b * hkv * -(-kv // dict(params)["block"]))

@@ -8,8 +8,14 @@ import torch
 
 from dks.dispatch.kernel import Params
 
-COUNTS = tuple(2**i for i in range((os.cpu_count() or 1).bit_length()))
-"""Powers of two up to the machine's cores: each is a candidate, since few threads serve a small problem best."""
+
+def counts(cores: int) -> tuple[int, ...]:
+    """Powers of two up to ``cores``, and all of them or half: where a core is two, torch uses half."""
+    return tuple(sorted({2**i for i in range(cores.bit_length())} | {cores, max(1, cores // 2)}))
+
+
+COUNTS = counts(os.cpu_count() or 1)
+"""Numbers of threads that are tried: few serve a small problem best."""
 
 LEAST_WORK = 2**18  # multiply-adds a thread, some 5 us: less does not pay for waking it
 
@@ -24,11 +30,17 @@ def without(params: Params) -> Params:
     return tuple((name, value) for name, value in params if name not in ("t", "r"))
 
 
-def objection(params: Params, work: int) -> str | None:
-    """Why ``t`` threads are not meant for ``work`` multiply-adds here, or None."""
+def objection(params: Params, work: int, parts: int) -> str | None:
+    """Why ``t`` threads are not meant for ``work`` multiply-adds here, or None.
+
+    Args:
+        parts: what the threads share out, as a whole number of pieces.
+    """
     threads = dict(params)["t"]
     if threads > torch.get_num_threads():
         return f"{threads} threads, torch has {torch.get_num_threads()}"
+    if threads > parts:
+        return f"less than a part of the work, of which there are {parts}, for each of {threads} threads"
     if threads > 1 and work // threads < LEAST_WORK:
         return f"less than {LEAST_WORK} multiply-adds for each of {threads} threads"
     return None

@@ -62,12 +62,12 @@ def packed_bytes(problem: Problem, panel: int, element: int, depth: int = 1) -> 
     return (n + -n % panel) * (k + -k % depth) * element
 
 
-def threads_objection(problem: Problem, params: Params, rows: int) -> str | None:
-    """Why these threads are not meant for a problem, or None; a tile has at most so many rows."""
-    m, t = problem.dim("m"), dict(params)["t"]
-    if dict(params)["r"] and m < t * rows:
+def threads_objection(problem: Problem, params: Params, rows: int, panel: int) -> str | None:
+    """Why these threads are not meant for a problem, or None; a tile has at most so many rows, and one panel."""
+    m, n, t, by_rows = problem.dim("m"), problem.dim("n"), dict(params)["t"], dict(params)["r"]
+    if by_rows and m < t * rows:
         return f"less than {rows} rows, a whole tile, for each of {t} threads"
-    return threads.objection(params, m * problem.dim("n") * problem.dim("k"))
+    return threads.objection(params, m * n * problem.dim("k"), -(-m // rows) if by_rows else -(-n // panel))
 
 
 def bound(

@@ -104,7 +104,7 @@ def fma_kernel(weights: Weights, isa: str, tiles: tuple[FmaTile, ...], rank: int
             return f"more than {_FEW} rows are not bound by reading the weights"
         if p["kc"] > 0 and problem.dim("k") <= p["kc"]:
             return f"k is not above kc={p['kc']}: nothing to block"
-        return panels.threads_objection(problem, params, p["mr"])
+        return panels.threads_objection(problem, params, p["mr"], p["nv"] * width)
 
     for tile in tiles:
         tile.check(isa)

@@ -67,7 +67,7 @@ def int4_kernel(isa: str) -> Kernel:
     def suits(problem: Problem, params: Params) -> str | None:
         if problem.dim("m") > _MOST_ROWS:
             return f"more than {_MOST_ROWS} rows are not bound by reading the weights"
-        return panels.threads_objection(problem, params, _ROWS)
+        return panels.threads_objection(problem, params, _ROWS, panel)
 
     return Kernel(
         id=f"tile.w4_{isa}",

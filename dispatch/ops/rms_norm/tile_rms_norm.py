@@ -65,7 +65,7 @@ def rms_norm(isa: str) -> Kernel:
         params=tuple((("ahead", ahead), ("t", t)) for ahead in (0, 1) for t in threads.COUNTS),
         unit=unit,
         header=HEADER,
-        suits=lambda p, params: threads.objection(params, _WORK * p.dim("m") * p.dim("n")),
+        suits=lambda p, params: threads.objection(params, _WORK * p.dim("m") * p.dim("n"), -(-p.dim("m") // _ROWS)),
         unavailable=ISAS[isa].unavailable,
         rank=3,
     )

@@ -36,6 +36,10 @@ def softmax(isa: str) -> Kernel:
 
         return run
 
+    def suits(problem: Problem, params: Params) -> str | None:
+        m, n = problem.dim("m"), problem.dim("n")
+        return threads.objection(params, _WORK * m * n, -(-m // dict(params)["rows"]))
+
     return Kernel(
         id=f"tile.softmax_{isa}",
         op="softmax",
@@ -44,7 +48,7 @@ def softmax(isa: str) -> Kernel:
         params=tuple((("unroll", u), ("rows", r), ("t", t)) for u, r in _SHAPES for t in threads.COUNTS),
         unit=unit,
         header=HEADER,
-        suits=lambda p, params: threads.objection(params, _WORK * p.dim("m") * p.dim("n")),
+        suits=suits,
         unavailable=ISAS[isa].unavailable,
         rank=1,
     )
