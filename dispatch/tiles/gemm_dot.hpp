@@ -67,6 +67,7 @@ struct DotGemm {
 
   static int run(const dks_linear& w, const void* x_, const void* residual_, void* y_, int64_t m) {
     if (w.k > Rows::most_inputs) return DKS_DECLINED;
+    if (m == 0) return DKS_OK;
     const auto* x = static_cast<const X*>(x_);
     const auto* residual = static_cast<const X*>(residual_);
     auto* y = static_cast<X*>(y_);

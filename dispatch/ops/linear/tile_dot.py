@@ -15,6 +15,7 @@ from dks.dispatch.tiles.isa import ELEMENTS, ISAS
 from dks.dispatch.tiles.unit import Unit
 
 _CHUNK = 64  # bytes of k that one AMX tile holds
+_MOST_INPUTS = 2**17  # whose products fit the 32 bits of an int8 sum; chunks.hpp declines more
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +121,18 @@ def dot_kernel(isa: str, tiles: tuple[DotTile, ...] | tuple[AmxTile, ...], *, in
         packed, scale, sums = panels.shared(weight, (name, panel, depth), make)
         return panels.bound(problem, params, unit(problem, params), packed, bias, scale=scale, sums=sums)
 
+    def supports(problem: Problem) -> str | None:
+        if int8 and problem.dim("k") > _MOST_INPUTS:
+            return f"sums up at most {_MOST_INPUTS} inputs in 32 bits"
+        return None
+
     def suits(problem: Problem, params: Params) -> str | None:
         tile, dtype = tile_of(params), problem.trait("dtype")
         if isinstance(tile, AmxTile) and not tile.pack and (dtype == "float32" or problem.dim("k") % (_CHUNK // 2)):
             return "x is copied here always: pack1 is the same kernel"
         if tile.kc > 0 and problem.dim("k") <= tile.kc:
             return f"k is not above kc={tile.kc}: nothing to block"
-        return panels.threads_objection(problem, params, tile.rows)
+        return panels.threads_objection(problem, params, tile.rows, tile.panel)
 
     widest = max(tile.panel for tile in tiles)
     classes = Precision.INT8 if int8 else Precision.BF16
@@ -141,6 +147,7 @@ def dot_kernel(isa: str, tiles: tuple[DotTile, ...] | tuple[AmxTile, ...], *, in
         params=tuple((*asdict(tile).items(), *use) for tile in tiles for use in threads.uses(by_rows=tile.kc > 0)),
         unit=unit,
         header=tiles[0].header,
+        supports=supports,
         suits=suits,
         unavailable=ISAS[isa].unavailable,
         rank=rank,
