@@ -132,6 +132,8 @@ struct Norm {
     X* sum;
   };
 
+  static void prefetch(const X* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
   template <class Step>
   __attribute__((noinline)) static void normalise(const Call& call, int64_t row) {
     constexpr int R = Step::rows, U = Step::unroll;
@@ -171,10 +173,13 @@ struct Norm {
     }
     const auto* weight = static_cast<const X*>(call.w.weight);
     const auto* bias = static_cast<const X*>(call.w.bias);
-    const X* next = x + R * n;
+    const int64_t next = begin + R * n;
     sweep<V, U>(n, [&](int, int64_t at, auto part) DKS_INLINE {
       if (AHEAD) {
-        for (int i = 0; i < R; ++i) _mm_prefetch(reinterpret_cast<const char*>(next + i * n + at), _MM_HINT_T0);
+        for (int i = 0; i < R; ++i) prefetch(call.x + next + i * n + at);
+        if (call.residual != nullptr) {
+          for (int i = 0; i < R; ++i) prefetch(call.residual + next + i * n + at);
+        }
       }
       const V factor = weight != nullptr ? part.load(weight + at) : V::of(1.0f);
       const V shift = bias != nullptr ? part.load(bias + at) : V::zero();
