@@ -12,7 +12,7 @@
 
 namespace dks {
 
-// Weight elements: `stride` of them a channel for one input, and how a vector of channels is read.
+// Weight elements: whether they have a scale, and how a vector of channels is read.
 template <class V, class W>
 struct Weights {
   static constexpr bool scaled = sizeof(W) == 1;  // int8: one scale an output channel, at the end
