@@ -40,10 +40,8 @@ def distrust() -> str:
     """Why nothing may be loaded from the folder of compiled units, or an empty text. What lies there is code."""
     try:
         status = cache().stat()
-    except FileNotFoundError:
+    except OSError:  # nothing is there to be loaded
         return ""
-    except OSError as error:
-        return f"{cache()}: {error.strerror}"
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
         return f"{cache()}: others may write there, expected a folder of your own: chmod o-w, or set {CACHE}"
     return ""

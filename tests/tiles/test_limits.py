@@ -1,8 +1,7 @@
-"""Compiled units: found only where they are the ones asked for, kept where nobody else writes, safe to fork."""
+"""Compiled units are kept where nobody else writes; how many threads and inputs kernels are tried with."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from dks.dispatch.compiler import find_compiler
 from dks.dispatch.kernel import Params
 from dks.dispatch.problem import Problem
 from dks.dispatch.tiles import build, library, threads
-from dks.dispatch.tiles import unit as unit_module
 from dks.dispatch.tiles.unit import Unit
 
 SOFTMAX = Unit("dks_softmax_test", "avx2", "softmax", "rows.hpp", "dks::Softmax<dks::Avx2, float, 1, 1>")
@@ -30,28 +28,6 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "_locate", library._nowhere)
 
 
-def test_a_package_of_other_sources_does_not_serve(tmp_path: Path) -> None:
-    build.link([SOFTMAX], tmp_path / "ours.so")
-    library.add(tmp_path / "ours.so")
-    assert library.lack(SOFTMAX) is None
-    # The same name, made from something else.
-    other = dataclasses.replace(SOFTMAX, type="dks::Softmax<dks::Avx2, float, 2, 1>")
-    assert "no loaded package ships it" in str(library.lack(other))
-    build.link([other], tmp_path / "theirs.so")
-    library.add(tmp_path / "theirs.so")
-    assert library.lack(other) is None
-    assert library.lack(SOFTMAX) is None
-
-
-def test_the_digest_covers_what_wraps_a_unit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = SOFTMAX.digest()
-    changed = tmp_path / unit_module.UNITS.name
-    changed.write_text(unit_module.UNITS.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
-    monkeypatch.setattr(unit_module, "UNITS", changed)
-    monkeypatch.setattr(unit_module, "source_of", unit_module.source_of.__wrapped__)
-    assert SOFTMAX.digest() != before
-
-
 def test_a_folder_that_others_write_to_is_not_trusted() -> None:
     assert build.build([SOFTMAX]) == {}
     assert build.locate(SOFTMAX).is_file()
@@ -59,14 +35,6 @@ def test_a_folder_that_others_write_to_is_not_trusted() -> None:
     with pytest.raises(library.Missing, match="others may write there"):
         build.locate(SOFTMAX)
     assert "others may write there" in build.build([SOFTMAX])[SOFTMAX.symbol]
-
-
-def test_a_relative_cache_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(build.CACHE, "here")
-    (tmp_path / "package").mkdir()
-    build.link([SOFTMAX], tmp_path / "package" / "k.so")
-    assert (tmp_path / "package" / "k.so").is_file()
 
 
 FORKED = """
@@ -81,10 +49,11 @@ problem = Problem.of("softmax", {"dtype": "float32"}, {"m": 64, "n": 64})
 params = (("unroll", 2), ("rows", 4), ("t", 2))
 assert build.build([kernel.unit(problem, params)]) == {}
 run, x = kernel.bind(problem, params), torch.randn(64, 64)
-y = run(x)  # OpenMP's threads exist now
+y, big = x.softmax(1), torch.randn(2**22)
+big.exp()  # torch's threads exist now, and none of ours
 if (child := os.fork()) == 0:
     torch.set_num_threads(1)  # as a data loader's workers do
-    os._exit(0 if torch.equal(run(x), y) else 1)
+    os._exit(0 if torch.allclose(run(x), y) else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
