@@ -128,6 +128,7 @@ class Runtime:
         self.refused = refused
         self.counters = Counters()
         self.failures: dict[str, str] = {}
+        self.declined: dict[str, str] = {}
         self.compiled = find is not None
         self._dead = dict(dead or {})
         self._find = find or table.find
@@ -277,7 +278,8 @@ class Runtime:
             ``table``: "serving" or "refused: why"; ``lookup``: "compiled" or "python"; ``ops``: by
             operator, ``hits`` by match (exact, bin, nearest) and ``fallbacks`` by reason; each call that
             returned is counted once, a compiled one once a trace. ``failed``: the last error of each
-            candidate that could not be bound or launched.
+            candidate that could not be bound or launched. ``declined``: why each candidate last left a
+            call to the framework.
         """
         ops: dict[str, Any] = {}
         for op, outcomes in self.counters.snapshot().items():
@@ -289,4 +291,5 @@ class Runtime:
             "lookup": "compiled" if self.compiled else "python",
             "ops": ops,
             "failed": dict(self.failures),
+            "declined": dict(self.declined),
         }

@@ -79,11 +79,12 @@ class Dispatch:
     ) -> _Output:
         """The framework's answer, or its error where the call was wrong; else the kernel is out for good."""
         y = framework(*args)
+        candidate = self.plan.candidates[rule]
         if isinstance(failure, Declined):
             self._counters.add(self._op, "declined")
+            self._runtime.declined[candidate.id] = str(failure)
             return y
         self._counters.add(self._op, "kernel_failed")
-        candidate = self.plan.candidates[rule]
         self._calls = {r: call for r, call in self._calls.items() if self.plan.candidates[r] != candidate}
         self._runtime.note_failure(candidate, failure)
         return y

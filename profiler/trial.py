@@ -122,10 +122,10 @@ class Trial:
             _poison(part.shape, self._dtype)
         try:
             output = self._run(*case.args)
-        except Declined:
+        except Declined as why:
             if draw.extreme:
                 return tuple(torch.full_like(part, math.nan, dtype=self._dtype) for part in draw.reference)
-            raise Rejected("failed", f"declined {where}") from None
+            raise Rejected("failed", f"declined {where}: {why}") from None
         except BaseException as error:
             rejected(error, f" {where}")
         ys = self._fresh_tensors(output, draw, case.slots, where)

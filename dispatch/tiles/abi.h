@@ -10,9 +10,10 @@
 
 enum {
   DKS_OK = 0,
-  /* Values or sizes outside its domain, such as NaN where integers are multiplied; or no memory, or no tiles, were
-   * to be had. y is undefined. */
-  DKS_DECLINED = 1,
+  /* The call was declined, and y is undefined. */
+  DKS_DECLINED = 1,  /* values or sizes outside its domain, such as NaN where integers are multiplied */
+  DKS_NO_MEMORY = 2, /* scratch memory ran out */
+  DKS_NO_TILES = 3,  /* the system refuses this process AMX */
 };
 
 enum dks_epilogue {

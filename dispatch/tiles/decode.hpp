@@ -35,7 +35,7 @@ struct Decode {
     if (blocks == 0) return DKS_OK;
     const int threads = static_cast<int>(w.threads < blocks ? w.threads : blocks);
     call.memory = static_cast<float*>(scratch(sizeof(float) * call.thread_size() * static_cast<std::size_t>(threads)));
-    if (call.memory == nullptr) return DKS_DECLINED;
+    if (call.memory == nullptr) return DKS_NO_MEMORY;
     // Threads share out blocks of keys, wherever the sequences end, so that ragged ones keep all of them busy.
     // A unit, the heads that are read together of one sequence, may so be cut: its parts are merged at the end.
     parallel(threads, [&](int thread, int count) {

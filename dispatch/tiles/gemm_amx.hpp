@@ -56,7 +56,8 @@ struct AmxGemm {
   static_assert(PACK || (Rows::group == 2 && sizeof(X) == 2), "x is read in place only where it is bf16 already");
 
   static int run(const dks_linear& w, const void* x_, const void* residual_, void* y_, int64_t m) {
-    if (w.k > Rows::most_inputs || !amx::permitted()) return DKS_DECLINED;
+    if (w.k > Rows::most_inputs) return DKS_DECLINED;
+    if (!amx::permitted()) return DKS_NO_TILES;
     if (m == 0) return DKS_OK;
     const auto* x = static_cast<const X*>(x_);
     const auto* residual = static_cast<const X*>(residual_);
@@ -75,7 +76,7 @@ struct AmxGemm {
     const int64_t sums = (blocked ? tiles : MT) * height * NR;
     auto* memory = static_cast<char*>(
         scratch(static_cast<std::size_t>(factor_bytes + packed_bytes + threads * sums * int64_t{sizeof(Sum)})));
-    if (memory == nullptr) return DKS_DECLINED;
+    if (memory == nullptr) return DKS_NO_MEMORY;
     auto* factors = reinterpret_cast<float*>(memory);
     char* packed = memory + factor_bytes;
     amx::Config config;

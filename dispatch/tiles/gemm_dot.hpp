@@ -81,7 +81,7 @@ struct DotGemm {
     const int64_t sums = (blocked ? m : MR) * NR;
     auto* memory = static_cast<char*>(
         scratch(static_cast<std::size_t>(factor_bytes + packed_bytes + threads * sums * int64_t{sizeof(Sum)})));
-    if (memory == nullptr) return DKS_DECLINED;
+    if (memory == nullptr) return DKS_NO_MEMORY;
     auto* factors = reinterpret_cast<float*>(memory);
     char* packed = memory + factor_bytes;
     std::atomic<bool> declined{false};

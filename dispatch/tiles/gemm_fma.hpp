@@ -43,7 +43,7 @@ struct FmaGemm {
     float* memory = nullptr;
     if (packed + partial > 0) {
       memory = static_cast<float*>(scratch((packed + partial) * sizeof(float)));
-      if (memory == nullptr) return DKS_DECLINED;
+      if (memory == nullptr) return DKS_NO_MEMORY;
     }
     parallel(threads, [&](int thread, int count) {
       const Span rows = share(tiles, 1, thread, count);

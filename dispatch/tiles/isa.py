@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dks.dispatch.environment import cpu_flags
+
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
+
+
+@lru_cache(maxsize=1)
+def _amx_permitted() -> bool:
+    """Linux gives tiles to processes that ask; some containers don't let them."""
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA) == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +34,9 @@ class Isa:
     def lack(self) -> str | None:
         """Why this machine can't run it, or None."""
         missing = [flag for flag in self.flags if flag not in cpu_flags()]
-        return f"this CPU has no {', '.join(missing)}" if missing else None
+        if missing:
+            return f"this CPU has no {', '.join(missing)}"
+        return "the system refuses this process AMX" if "amx_tile" in self.flags and not _amx_permitted() else None
 
     def unavailable(self) -> str | None:
         """Why this machine can't run it, or why it need not; or None."""

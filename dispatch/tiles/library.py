@@ -9,7 +9,13 @@ from typing import Any
 
 from dks.dispatch.tiles.unit import Unit
 
-OK, DECLINED = 0, 1  # see abi.h
+OK = 0
+DECLINED = {
+    1: "outside the kernel's domain: integers stand for no NaN or infinity, and keys have room in the block table",
+    2: "scratch memory ran out",
+    3: "the system refuses this process AMX",
+}
+"""Why a function returned another code than 0; see ``abi.h``."""
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: dict[str, tuple[Any, ...]] = {

@@ -209,7 +209,7 @@ struct Softmax {
       if (powers != nullptr) {
         softmax<decltype(step)>(x + row * n, powers, y + row * n, n);
       } else {
-        result = DKS_DECLINED;
+        result = DKS_NO_MEMORY;
       }
     });
     return result;

@@ -130,7 +130,7 @@ def run(
         m,
     )
     assert (memory[:start] == 0xA5).all() and (memory[end:] == 0xA5).all()
-    if status == library.DECLINED:
+    if status in library.DECLINED:
         return None
     assert status == library.OK
     return memory[start:end].clone().view(form.x).view(m, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -10,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from dks.dispatch import pool
-from dks.dispatch.compiler import find_compiler
+from dks.dispatch.compiler import find_compiler, run_compiler
 from dks.dispatch.kernel import Params
 from dks.dispatch.problem import Problem
 from dks.dispatch.tiles import build, library, threads
-from dks.dispatch.tiles.unit import Unit
+from dks.dispatch.tiles.unit import HEADERS, Unit
 
 SOFTMAX = Unit("dks_softmax_test", "avx2", "softmax", "rows.hpp", "dks::Softmax<dks::Avx2, float, 1, 1>")
 
@@ -93,3 +94,24 @@ def test_int8_sums_have_a_most_of_inputs() -> None:
     traits = {"dtype": "float32", "bias": "no", "epilogue": "none"}
     assert kernel.supports(Problem.of("linear", traits, {"m": 1, "n": 8, "k": 2**17})) is None
     assert "at most 131072" in str(kernel.supports(Problem.of("linear", traits, {"m": 1, "n": 8, "k": 2**17 + 1})))
+
+
+def test_the_structs_are_those_of_the_c_interface(tmp_path: Path) -> None:
+    """ctypes lays them out by its own reading of the fields' order and types."""
+    structs = {"dks_linear": library.Linear, "dks_norm": library.Norm, "dks_decode": library.Decode}
+    lines = [
+        f'printf("{name}.{field[0]} %zu\\n", offsetof(struct {name}, {field[0]}));'
+        for name, made in structs.items()
+        for field in made._fields_
+    ]
+    lines += [f'printf("{name} %zu\\n", sizeof(struct {name}));' for name in structs]
+    includes = '#include <cstddef>\n#include <cstdio>\n#include "abi.h"\n'
+    (tmp_path / "main.cpp").write_text(includes + "int main() {\n" + "\n".join(lines) + "\n}\n")
+    command, why = find_compiler()
+    assert not why
+    code, output = run_compiler([*command, "-iquote", str(HEADERS), "main.cpp", "-o", "main"], tmp_path)
+    assert code == 0, output
+    found = dict(line.split() for line in subprocess.check_output([tmp_path / "main"], text=True).splitlines())
+    wanted = {f"{n}.{f[0]}": getattr(made, f[0]).offset for n, made in structs.items() for f in made._fields_}
+    wanted |= {name: ctypes.sizeof(made) for name, made in structs.items()}
+    assert {name: int(size) for name, size in found.items()} == wanted

@@ -45,8 +45,8 @@ def decode_kernel(isa: str) -> Kernel:
             call = form(b, h, hkv, d, k.shape[2], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3])
             call.scale = default_scale if scale is None else scale
             call.threads = count
-            if function(address(call), q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()):
-                raise Declined("memory ran out")
+            if code := function(address(call), q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()):
+                raise Declined(library.DECLINED[code])
             return y
 
         return run

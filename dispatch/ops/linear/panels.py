@@ -113,8 +113,8 @@ def bound(
     ) -> torch.Tensor:
         y = x.new_empty(*x.shape[:-1], n)  # sizes one by one: torch takes a microsecond more to read a tuple
         other = None if residual is None else residual.data_ptr()
-        if function(address, x.data_ptr(), other, y.data_ptr(), x.numel() // k):
-            raise Declined("activations are not finite, or memory ran out")
+        if code := function(address, x.data_ptr(), other, y.data_ptr(), x.numel() // k):
+            raise Declined(library.DECLINED[code])
         return y
 
     return run

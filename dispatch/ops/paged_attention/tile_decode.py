@@ -44,8 +44,8 @@ def decode_kernel(isa: str) -> Kernel:
             call.lengths = lengths.data_ptr()
             call.scale = default_scale if scale is None else scale
             call.threads = count
-            if function(address(call), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), y.data_ptr()):
-                raise Declined("a length has no room in the block table, or memory ran out")
+            if code := function(address(call), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), y.data_ptr()):
+                raise Declined(library.DECLINED[code])
             return y
 
         return run

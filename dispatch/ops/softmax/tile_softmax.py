@@ -30,8 +30,8 @@ def softmax(isa: str) -> Kernel:
 
         def run(x: torch.Tensor) -> torch.Tensor:
             y, n = empty_like(x), x.shape[-1]
-            if call(x.data_ptr(), y.data_ptr(), x.numel() // n, n, count):
-                raise Declined("memory ran out")
+            if code := call(x.data_ptr(), y.data_ptr(), x.numel() // n, n, count):
+                raise Declined(library.DECLINED[code])
             return y
 
         return run
