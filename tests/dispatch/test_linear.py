@@ -836,6 +836,7 @@ class TestFailingKernels:
             assert torch.equal(made(given).isnan(), F.linear(given, weight(), bias()).isnan())
         made(x(8))
         assert counts(made) == {"declined": 2, "exact": 1}
+        assert "not finite" in server.runtime.stats()["declined"]["onednn.qlinear"]
 
     def test_a_dead_kernel_never_runs(self, route: Any) -> None:
         runtime = route("linear", (PACKED,), SHAPES, dead={PACKED: "its source changed"})
