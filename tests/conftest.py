@@ -76,9 +76,26 @@ def _compiled(unit: Unit) -> Path:
     return build.locate(unit)
 
 
+MANY = 1000
+"""Tests of a run from which most generated kernels are needed: then they are compiled at once, on all cores."""
+
+
+def _all_units() -> list[Unit]:
+    found = []
+    for kernel in pool.kernels().values():
+        operator = pool.operator(kernel.op)
+        for dtype in kernel.precision if kernel.unit is not None and kernel.unavailable() is None else ():
+            traits = {name: values[0] for name, values in operator.traits.items()} | {"dtype": dtype}
+            problem = Problem.of(kernel.op, traits, dict.fromkeys(operator.dims, 1))
+            found += [kernel.unit(problem, params) for params in kernel.params]
+    return list(dict.fromkeys(found))
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _generated_kernels() -> None:
+def _generated_kernels(request: pytest.FixtureRequest) -> None:
     library.look_in(_compiled)
+    if len(request.session.items) >= MANY:
+        build.build(_all_units())
 
 
 @pytest.fixture(autouse=True)
