@@ -60,7 +60,7 @@ def cli() -> None:
 @click.option(
     "--max-kernels",
     type=int,
-    help="Choose at most so many kernels for an operator, form and dtype, the framework's own counted [4].",
+    help="Choose at most so many kernels for an operator, form and dtype, the framework's own counted [8].",
 )
 @click.option("--device", help="Build for results of another machine: the arch they name, in full.")
 def build(

@@ -47,7 +47,7 @@ class Policy:
     min_processes: int = 2
     require_stable: bool = False
     max_regret: float | None = None
-    max_kernels: int | None = 4
+    max_kernels: int | None = 8
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""

@@ -170,7 +170,7 @@ def test_policies_from_files(tmp_path: Path) -> None:
     path.write_text("max_kernels: 7\n")
     assert load_policy(str(path)).max_kernels == 7 and load_policy(str(path), max_kernels=2).max_kernels == 2
     path.write_text("max_kernels: null\n")
-    assert load_policy(str(path)).max_kernels is None and Policy().max_kernels == 4
+    assert load_policy(str(path)).max_kernels is None and Policy().max_kernels == 8
     for text in (
         "max_kernels: 0",
         "max_kernels: true",
