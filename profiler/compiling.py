@@ -30,6 +30,9 @@ def units(asked: Iterable[tuple[Problem, Candidate]]) -> list[Unit]:
 def compile_for(asked: Iterable[tuple[Problem, Candidate]], say: Said) -> None:
     """Compile what these candidates need. What does not compile gets a status when it is checked."""
     wanted = units(asked)
+    if wanted and (why := build.distrust()):
+        say(f"no generated kernel is measured: {why}")
+        return
     missing = [unit for unit in wanted if not build.is_built(unit)]
     if not missing:
         return

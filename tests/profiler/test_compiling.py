@@ -93,3 +93,12 @@ def test_doctor_says_what_each_kernel_lacks(monkeypatch: pytest.MonkeyPatch) -> 
     assert "yes" in lines["tile.f32_avx512"].rsplit("│", 2)[1]
     assert "$CXX is '/nonexistent'" in said and "generated kernels can not be measured" in said
     assert str(build.cache()) in said
+
+
+def test_a_cache_that_others_write_to_is_said_before_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "distrust", lambda: "others may write there")
+    problem = Problem.of("softmax", {"dtype": "float32"}, {"m": 4, "n": 8})
+    said: list[str] = []
+    compiling.compile_for([(problem, c) for c in pool.candidates_for("softmax")], said.append)
+    kernel = any(k.unit is not None and k.unavailable() is None for k in pool.kernels_for("softmax"))
+    assert said == (["no generated kernel is measured: others may write there"] if kernel else [])
