@@ -23,18 +23,25 @@ def is_timed(row: Measurement | None) -> bool:
     return row is not None and row.status == "ok" and bool(row.samples_ns)
 
 
+def exclusion(policy: Policy, problem: Problem, form: str, row: Measurement) -> str:
+    """Why a candidate is outside the policy's limits on ``problem``, or can't serve ``form``; empty where it may."""
+    kernel = _kernel(row)
+    if not is_timed(row) or row.error is None:
+        return f"{row.status}, and not timed" if row.error is not None else "its error is not known"
+    if row.error > policy.max_error:
+        return f"error above the budget of {policy.max_error:g}"
+    if form == "direct" and kernel.form:
+        return "packs its weight: prepared calls alone"
+    if policy.objective == "memory" and row.form_bytes:
+        return "packs its weight, and the objective is memory"
+    if policy.max_form_bytes is not None and row.form_bytes > policy.max_form_bytes:
+        return f"packed weight above max_form_bytes of {policy.max_form_bytes}"
+    return kernel.objection(problem) or ""
+
+
 def admits(policy: Policy, problem: Problem, form: str, row: Measurement) -> bool:
     """Whether a timed candidate is inside the policy's limits on ``problem`` and can serve ``form``."""
-    kernel = _kernel(row)
-    if not is_timed(row) or row.error is None or row.error > policy.max_error:
-        return False
-    if form == "direct" and kernel.form:
-        return False
-    if policy.objective == "memory" and row.form_bytes:
-        return False
-    if policy.max_form_bytes is not None and row.form_bytes > policy.max_form_bytes:
-        return False
-    return kernel.objection(problem) is None
+    return not exclusion(policy, problem, form, row)
 
 
 def instability(policy: Policy, row: Measurement) -> str:

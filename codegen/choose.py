@@ -68,7 +68,7 @@ def choose(
     if default is None or not is_timed(default):
         why = "was not measured" if default is None else f"{default.status}: {default.reason}"
         return Evidence(default_id, problem.id, form, f"the default serves: it {why}")
-    bout = _Bout(default, policy, compared or Comparisons(policy.objective))
+    bout = Bout(default, policy, compared or Comparisons(policy.objective))
     field = bout.field(problem, form, rows, barred or {})
     passed_over: list[str] = []
     while lead := next((c for c in field if bout.is_ahead(c)), None):
@@ -103,14 +103,14 @@ def costs(
     if default is None or not is_timed(default):
         return {}
     compared = compared or Comparisons(policy.objective)
-    bout, spent = _Bout(default, policy, compared), compared.spent(default)
+    bout, spent = Bout(default, policy, compared), compared.spent(default)
     if not spent:
         return {}
     winners = [c for c in bout.field(problem, form, rows, barred or {}) if not c.objection and bout.is_ahead(c)]
     return {default_id: spent, **{c.row.candidate: spent / c.value for c in winners}}
 
 
-class _Bout:
+class Bout:
     """The default against its challengers."""
 
     def __init__(self, default: Measurement, policy: Policy, compared: Comparisons) -> None:
@@ -166,6 +166,10 @@ class _Bout:
         if contender.value * least >= 1.0:
             return True
         return contender.value * FAR >= 1.0 and self._ratio(contender).high >= 1.0
+
+    def was_dropped(self, contender: Contender) -> bool:
+        """Whether racing took it out after one process: the default went on."""
+        return len(set(contender.row.processes)) == 1 < len(set(self._default.processes))
 
     def words(self, contender: Contender) -> str:
         """Its id and its ratio."""

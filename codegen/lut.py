@@ -13,7 +13,15 @@ from dks.dispatch.environment import Environment
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.table import Group, Rule, Table
 
-LUT_VERSION = 2
+LUT_VERSION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Candidates that were not chosen for the same reason: how many, by kernel."""
+
+    reason: str
+    kernels: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,8 @@ class Evidence:
         runner_up: the next best eligible candidate; margin: runner-up / chosen, as ``ratio``.
         tied: the candidates that no measurement tells apart from the choice, itself and the default included,
             the simplest first; empty where nothing was tied.
+        others: the other measured candidates by the reason that they were not chosen, the nearest to it first. In
+            the JSON, positions in the list of that name: many rules share them.
     """
 
     candidate: str
@@ -51,6 +61,7 @@ class Evidence:
     margin: list[float | None] | None = None
     processes: int = 0
     tied: tuple[str, ...] = ()
+    others: tuple[Other, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +122,10 @@ class Lut:
             "expected_us": self.expected_us,
         }
         head |= self.certificate.to_json()
+        others = list({json.dumps(dataclasses.asdict(o)): o for rule in self.rules for o in rule.others}.values())
         lists = {
-            "rules": [dataclasses.asdict(rule) for rule in self.rules],
+            "rules": [_rule_json(rule, others) for rule in self.rules],
+            "others": [dataclasses.asdict(other) for other in others],
             "few": [dataclasses.asdict(few) for few in self.few],
             "held_out": [dataclasses.asdict(shape) for shape in self.certificate.shapes],
             "groups": [_group_json(group) for group in self.groups],
@@ -122,6 +135,11 @@ class Lut:
             lines = ",\n".join(f"    {json.dumps(item)}" for item in items)
             parts.append(f'  "{key}": [\n{lines}\n  ]' if lines else f'  "{key}": []')
         return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _rule_json(rule: Evidence, others: list[Other]) -> dict[str, object]:
+    shared = [others.index(other) for other in rule.others]
+    return dataclasses.asdict(dataclasses.replace(rule, others=())) | {"others": shared}
 
 
 def _group_json(group: Group) -> dict[str, object]:

@@ -17,6 +17,7 @@ from dks.codegen.compare import Comparisons
 from dks.codegen.few import Costs, keep_few
 from dks.codegen.grid import Grid, sizes_of
 from dks.codegen.lut import Evidence, Lut
+from dks.codegen.others import others
 from dks.codegen.policy import Policy
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
@@ -63,6 +64,21 @@ def select(rows: Iterable[Measurement], policy: Policy) -> Lut:
     evidence: list[Evidence] = []
     groups = [_group(key, form, grid, rule, evidence) for key, grid in grids.items() for form in forms(key[0])]
     rules, few = keep_few(evidence, spent, rule, policy.max_kernels)
+    kept = {(each.op, each.form, each.dtype): each.after for each in few}
+
+    def explained(made: Evidence) -> Evidence:
+        problem = Problem.parse(made.problem)
+        told = others(
+            made,
+            by_problem[problem],
+            policy,
+            barred.get(problem),
+            compared[problem],
+            kept.get((problem.op, made.form, problem.trait("dtype"))),
+        )
+        return replace(made, others=told)
+
+    rules = tuple(map(explained, rules))
     lut = Lut(environment, policy, rules, tuple(groups), _expected(groups, rules), few=few)
     return replace(lut, certificate=certify(lut.table(), held_out, policy))
 

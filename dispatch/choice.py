@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+WIDTH = 110
+"""Letters of a line at most, where words allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +20,7 @@ class Choice:
         match: ``exact``, ``bin``, ``nearest`` or ``default``.
         reason: one sentence.
         rule: the rule's evidence from the table, None where the default serves for want of a rule.
+        story: (label, text) of all else that is known, in order; an empty label goes on with the one above.
     """
 
     op: str
@@ -23,8 +28,19 @@ class Choice:
     match: str
     reason: str
     rule: Mapping[str, object] | None = None
+    story: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.op} -> {self.candidate}  ({self.match} match)", f"  {self.reason}"]
-        lines += [f"  {name}: {value}" for name, value in (self.rule or {}).items()]
+        lines = [f"{self.op} -> {self.candidate}  ({self.match} match)"]
+        told = (("why", self.reason), *self.story)
+        indent = 4 + max(len(label) for label, _ in told)
+        for label, text in told:
+            lines += textwrap.wrap(
+                text,
+                WIDTH,
+                initial_indent=f"  {label}".ljust(indent),
+                subsequent_indent=" " * (indent + 2),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
         return "\n".join(lines)

@@ -182,7 +182,14 @@ def load(package: str, folder: str) -> Runtime:
     }
     for id, why in dead_ids.items():
         warnings.warn(f"{package}: entries of {id} are switched off: {why}", RuntimeWarning, stacklevel=3)
-    return Runtime(package, table, dead=dead, find=_compiled_find(package, manifest), evidence=path / "lut.json")
+    return Runtime(
+        package,
+        table,
+        dead=dead,
+        find=_compiled_find(package, manifest),
+        evidence=path / "lut.json",
+        generation=manifest.generation,
+    )
 
 
 def _compiled_find(package: str, manifest: Manifest) -> Find | None:

@@ -7,7 +7,6 @@ its reason. Nothing here searches, compiles or times.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,28 +16,17 @@ from typing import Any
 
 import torch
 
-from dks.dispatch import pool
+from dks.dispatch import misses, pool
 from dks.dispatch.choice import Choice
+from dks.dispatch.explain import Known, explain
 from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, Problem
 from dks.dispatch.stats import Counters
-from dks.dispatch.table import NEAREST_REACH, Match, Miss, Table
+from dks.dispatch.table import Match, Miss, Table
 
 Find = Callable[..., int]
 
 MATCH_NAMES = tuple(match.name.lower() for match in Match)
 MISS_NAMES = tuple(miss.name.lower() for miss in Miss)
-
-_WHY_MISSED = {
-    Miss.ZERO_SIZED: "a dim is zero: there is nothing to choose",
-    Miss.OUT_OF_RANGE: f"a dim lies past {NEAREST_REACH} times the last measured size",
-    Miss.UNMEASURED: "this combination of bins was not measured",
-    Miss.MISALIGNED: "less aligned than the chosen kernel needs",
-}
-_WHY_MATCHED = {
-    "exact": "this very size was measured",
-    "bin": "a size in the same bin was measured",
-    "nearest": "past the last edge, or less aligned than what was measured: the nearest evidence there is",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +99,7 @@ class Runtime:
         dead: candidates that must not run here, with the reason (source changed, not available).
         find: compiled form of ``table.find``, or None for the Python form.
         evidence: the Lut's file, read only by ``explain``.
+        generation: digest of the table's text; empty where it has none.
     """
 
     def __init__(
@@ -122,15 +111,18 @@ class Runtime:
         dead: Mapping[str, str] | None = None,
         find: Find | None = None,
         evidence: Path | None = None,
+        generation: str = "",
     ) -> None:
         self.name = name
         self.table = table
         self.refused = refused
+        self.generation = generation
         self.counters = Counters()
+        self.misses = misses.Misses()
         self.failures: dict[str, str] = {}
         self.declined: dict[str, str] = {}
         self.compiled = find is not None
-        self._dead = dict(dead or {})
+        self.dead = dict(dead or {})
         self._find = find or table.find
         self._evidence = evidence
         self._groups = {group.key: index for index, group in enumerate(table.groups)}
@@ -165,7 +157,7 @@ class Runtime:
         candidates = {
             rule: Candidate.parse(self.table.rules[rule].candidate)
             for rule in used
-            if self.table.rules[rule].candidate not in self._dead
+            if self.table.rules[rule].candidate not in self.dead
         }
         return Plan(problem, partial(self._find, index), candidates)
 
@@ -201,75 +193,20 @@ class Runtime:
             KeyError: an unknown operator.
             ValueError: a dim is missing, or a name or value is none of the operator's.
         """
-        if isinstance(align, bool) or not isinstance(align, int) or align < 1 or align & (align - 1):
-            raise ValueError(f"{op}: found align={align!r}, expected a power of two")
-        operator = pool.operator(op)
-        form, traits, dims = self._parse_question(op, asked)
-        statics = {name: dims[name] for name in operator.static}
-        plan = self.plan(op, form, traits, statics)
-        wanted = f"{op}[{','.join(f'{k}={v}' for k, v in sorted(traits.items()))}]"
-        if plan.blocked == "refused":
-            return Choice(op, operator.default, "default", f"the table is refused: {self.refused}")
-        if plan.find is None:
-            held = sorted({str(dict(g.statics)) for g in self.table.groups if g.op == op})
-            known = ", ".join(held) or "nothing"
-            return Choice(
-                op, operator.default, "default",
-                f"no entry for {wanted} with {statics} ({form}); the table holds {known}",
-            )  # fmt: skip
-        code = plan.find(align, *(dims[name] for name in operator.dynamic))
-        if code < 0:
-            return Choice(op, operator.default, "default", _WHY_MISSED[Miss(-1 - code)])
-        rule = self.table.rules[code >> 2]
-        if rule.candidate in self._dead:
-            why = f"{rule.candidate} was chosen and may not run: {self._dead[rule.candidate]}"
-            return Choice(op, operator.default, "default", why)
-        match = MATCH_NAMES[code & 3]
-        evidence = self._rule_evidence(code >> 2)
-        reason = str(evidence.get("reason", "")) or _WHY_MATCHED[match]
-        if rule.candidate in self.failures:
-            reason += f"; it failed in this process: {self.failures[rule.candidate]}"
-        return Choice(op, rule.candidate, match, reason, evidence)
+        known = Known(self.table, self.refused, self.dead, self.failures, self._evidence)
+        return explain(op, asked, align, known)
 
-    def _parse_question(
-        self, op: str, asked: Mapping[str, int | str]
-    ) -> tuple[str, dict[str, str], dict[str, int]]:
-        operator = pool.operator(op)
-        known = {*operator.dims, *operator.traits, "form"}
-        odd = sorted(set(asked) - known)
-        if odd:
-            raise ValueError(f"{op}: found {', '.join(odd)}, expected names among {', '.join(sorted(known))}")
-        missing = [name for name in operator.dims if name not in asked]
-        if missing:
-            found = ", ".join(missing)
-            raise ValueError(f"{op}: found no {found}, expected all of {', '.join(operator.dims)}")
-        dims = {}
-        for name in operator.dims:
-            size = asked[name]
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise ValueError(f"{op}: found {name}={size!r}, expected a whole number")
-            dims[name] = size
-        statics = tuple((name, dims[name]) for name in operator.static)
-        held = [g for g in self.table.groups if g.op == op and g.statics == statics]
-        traits = {}
-        for name, allowed in operator.traits.items():
-            values = {dict(group.traits)[name] for group in held}
-            traits[name] = str(asked.get(name, values.pop() if len(values) == 1 else allowed[0]))
-            if traits[name] not in allowed:
-                raise ValueError(f"{op}: found {name}={traits[name]}, expected {' or '.join(allowed)}")
-        forms = {group.form for group in held}
-        prepared = "prepared" in forms or (not forms and hasattr(self._servers[op], "prepare"))
-        form = str(asked.get("form", "prepared" if prepared else "direct"))
-        if form not in ("prepared", "direct"):
-            raise ValueError(f"{op}: found form={form}, expected prepared or direct")
-        return form, traits, dims
+    def export_misses(self, path: str | Path) -> int:
+        """Write the calls that the table could not serve well as a sweep config for ``dks-profile run``.
 
-    def _rule_evidence(self, rule: int) -> dict[str, object]:
-        if self._evidence is None:
-            return {}
-        rules = json.loads(self._evidence.read_text(encoding="utf-8"))["rules"]
-        found: dict[str, object] = rules[rule]
-        return found
+        Returns:
+            How many problems it measures. Where there are none, nothing is written.
+
+        Raises:
+            OSError: ``path`` can't be written; what was there is intact.
+        """
+        sweep = misses.plan(self.misses.snapshot(), self.table, self.misses.others)
+        return misses.export(Path(path), sweep, self.name)
 
     def stats(self) -> dict[str, Any]:
         """Hits, misses and fallbacks since the import.

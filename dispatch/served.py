@@ -18,6 +18,7 @@ from dks.dispatch.ambient import (
 from dks.dispatch.kernel import DTYPES, Declined, Launch, Output
 from dks.dispatch.problem import Candidate
 from dks.dispatch.runtime import MATCH_NAMES, MISS_NAMES, Plan, Runtime, Swap
+from dks.dispatch.table import Match
 
 _Output = TypeVar("_Output", bound=Output)
 
@@ -54,10 +55,12 @@ class Dispatch:
         """Run the kernel chosen for these dynamic sizes on ``args``; without one, ``framework(*args)``."""
         if self._find is None:
             self._counters.add(self._op, self._blocked)
+            self._runtime.misses.note(self.plan.problem, sizes, align, self._blocked)
             return framework(*args)
         code = self._find(align, *sizes)
         if code < 0:
             self._counters.add(self._op, MISS_NAMES[-1 - code])
+            self._runtime.misses.note(self.plan.problem, sizes, align, MISS_NAMES[-1 - code])
             return framework(*args)
         rule = code >> 2
         call = self._calls.get(rule)
@@ -71,6 +74,8 @@ class Dispatch:
             failure = error
         else:
             next(self._hits[code & 3])
+            if code & 3 == Match.NEAREST:
+                self._runtime.misses.note(self.plan.problem, sizes, align, "nearest")
             return y
         return self._after_failure(failure, rule, framework, args)
 

@@ -15,8 +15,18 @@ from dks.dispatch.bins import Bins
 from dks.dispatch.kernel import Operator
 from dks.dispatch.problem import Candidate
 from dks.profiler.document import ConfigError, Document, Where, one_of, unknown
-from dks.profiler.forms import Measure, NeighbourForm, OperatorForm, Quantiles, read_form
-from dks.profiler.problems import MAX_PROBLEMS, Axis, Entry, Kind, Neighbour, Neighbours, Plan, WeightedProblem
+from dks.profiler.forms import Measure, NeighbourForm, OperatorForm, Quantiles, SizesForm, read_form
+from dks.profiler.problems import (
+    MAX_PROBLEMS,
+    Axis,
+    Entry,
+    Kind,
+    Neighbour,
+    Neighbours,
+    Plan,
+    Sized,
+    WeightedProblem,
+)
 
 __all__ = ["ConfigError", "Measure", "OperatorSweep", "Sweep", "WeightedProblem", "load"]
 
@@ -101,8 +111,7 @@ def load(path: str | Path) -> Sweep:
 
 
 def _enumerate(plan: Plan, candidates: tuple[Candidate, ...]) -> OperatorSweep:
-    bins = {name: plan.axes[name].bins for name in plan.op.dynamic}
-    return OperatorSweep(plan.op.name, plan.problems(), candidates, bins, plan.tie, plan.neighbours())
+    return OperatorSweep(plan.op.name, plan.problems(), candidates, plan.bins(), plan.tie, plan.neighbours())
 
 
 def _plan(document: Document, op: Operator, form: OperatorForm, cache: str) -> Plan:
@@ -115,7 +124,8 @@ def _plan(document: Document, op: Operator, form: OperatorForm, cache: str) -> P
         before, after = (
             _neighbours(document, op, getattr(entry, side), (*where, side)) for side in ("before", "after")
         )
-        entries.append(Entry(entry.dims, traits, entry.count, Neighbours(before, after)))
+        sizes = _sizes(document, op, form, entry.sizes, (*where, "sizes"))
+        entries.append(Entry(entry.dims, traits, entry.count, Neighbours(before, after), sizes))
         if cache == "pipeline" and not (entry.before or entry.after):
             document.fault(
                 where, "found neither before nor after, expected a neighbour: the cache state is pipeline"
@@ -174,6 +184,23 @@ def _neighbours(
     return tuple(found)
 
 
+def _sizes(
+    document: Document, op: Operator, form: OperatorForm, sizes: Sequence[SizesForm], where: Where
+) -> tuple[Sized, ...]:
+    """The sizes, after noting what is wrong with them."""
+    if sizes and form.tie:
+        document.fault(where, "found sizes beside a tie, expected one of the two: write every dim out")
+    for index, sized in enumerate(sizes):
+        for name in sized.dims:
+            if name not in op.dynamic:
+                step = "a static dim matches exactly and belongs in the entry's dims" if name in op.static else ""
+                document.fault((*where, index, "dims", name), unknown(name, op.dynamic, step))
+        for name in op.dynamic:
+            if name not in sized.dims:
+                document.fault((*where, index, "dims"), f"found no {name!r}, expected {', '.join(op.dynamic)}")
+    return tuple(Sized(sized.dims, sized.align, sized.weight) for sized in sizes)
+
+
 def _tie(document: Document, op: Operator, tie: Mapping[str, str]) -> Mapping[str, str]:
     """The ties that make sense, after noting those that don't."""
     where = ("operators", op.name, "tie")
@@ -210,7 +237,8 @@ def _axes(document: Document, op: Operator, form: OperatorForm, tie: Mapping[str
             document.fault((*where, name), text)
         elif source in axes:
             axes[name] = axes[source]
-    for name in op.dynamic:
+    binned = not all(entry.sizes for entry in form.problems)
+    for name in op.dynamic if binned else ():
         if name not in form.bins and name not in form.tie:
             document.fault(where, f"found no {name!r}, expected bins for {', '.join(op.dynamic)}")
     return axes

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dks.dispatch import bins as schemes
 from dks.dispatch.problem import MAX_DIM
 from dks.profiler.document import Document, Where, one_of, shown, unknown
-from dks.profiler.problems import Axis, read_histogram
+from dks.profiler.problems import MAX_WEIGHT, Axis, read_histogram
 
 VERSION = 1  # of the form; a change that old files don't survive raises it
 
@@ -170,23 +170,36 @@ class NeighbourForm(_Form):
     dims: dict[str, Annotated[int | str, BeforeValidator(_size)]] = {}
 
 
+class SizesForm(_Form):
+    """One entry under ``sizes``: ``{dims: {m: 17}, align: 64, weight: 120}``."""
+
+    dims: dict[str, Size]
+    align: Alignment | None = None
+    weight: Annotated[float, _number(1e-9, MAX_WEIGHT, f"1e-9 to {MAX_WEIGHT:g}", whole=False)] = 1.0
+
+
 class EntryForm(_Form):
     """One entry under ``problems``. A list of a trait's values means each; ``count``: calls a model pass.
 
+    ``sizes`` are measured in place of the bins, as recorded calls are: ``dks.dispatch.misses`` writes them.
     ``before`` and ``after`` are what the model runs around it, for the cache state ``pipeline``.
     """
 
     dims: dict[str, Size]
     traits: dict[str, Annotated[tuple[str, ...], BeforeValidator(_each)]] = {}
     count: Annotated[int, _number(1, 1e9, "1 to 10^9")] = 1
+    sizes: tuple[SizesForm, ...] = ()
     before: tuple[NeighbourForm, ...] = ()
     after: tuple[NeighbourForm, ...] = ()
 
 
 class OperatorForm(_Form):
-    """One entry under ``operators``. A dim under ``tie`` takes the size of the dim it names."""
+    """One entry under ``operators``. A dim under ``tie`` takes the size of the dim it names.
 
-    bins: dict[str, Scheme]
+    ``bins`` may be left out where every problem has ``sizes``.
+    """
+
+    bins: dict[str, Scheme] = {}
     tie: dict[str, Text] = {}
     problems: Annotated[tuple[EntryForm, ...], Field(min_length=1)]
     alignments: Annotated[tuple[Alignment, ...], Field(min_length=1)] = (64,)
@@ -306,5 +319,7 @@ def _allowed(where: Where) -> Sequence[str]:
             return list(_SCHEMES[scheme].model_fields)
         case (_, _, "problems", _):
             return list(EntryForm.model_fields)
+        case (_, _, "problems", _, "sizes", _):
+            return list(SizesForm.model_fields)
         case _:
             return list(OperatorForm.model_fields)

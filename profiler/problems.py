@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from dks.dispatch.bins import Bins
+from dks.dispatch.bins import Bins, explicit
 from dks.dispatch.kernel import DTYPES, Operator
 from dks.dispatch.pool import operator
 from dks.dispatch.problem import MAX_DIM, Problem
@@ -92,13 +92,27 @@ def kind_of(problem: Problem) -> Kind:
 
 
 @dataclass(frozen=True, slots=True)
+class Sized:
+    """One combination of dynamic sizes, by dim; ``align`` None is each of the operator's alignments."""
+
+    dims: Mapping[str, int]
+    align: int | None
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry under ``problems``: static dims, the values of every trait, calls of one model pass."""
+    """One entry under ``problems``: static dims, the values of every trait, calls of one model pass.
+
+    Attributes:
+        sizes: what is measured in place of the bins' every combination; empty where those are.
+    """
 
     dims: Mapping[str, int]
     traits: Mapping[str, tuple[str, ...]]
     count: int
     neighbours: Neighbours = Neighbours()
+    sizes: tuple[Sized, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +120,7 @@ class Plan:
     """All problems of one operator, before any of them is built.
 
     Attributes:
-        axes: one for each dynamic dim.
+        axes: one for each dynamic dim; those that only ``sizes`` name have none.
         tie: dims that take the size of another one.
         alignments: bytes; each is lowered to what a problem's strides allow.
     """
@@ -120,9 +134,19 @@ class Plan:
     @property
     def size(self) -> int:
         """Upper bound of ``len(self.problems())``, without building one."""
-        combinations = sum(math.prod(len(v) for v in entry.traits.values()) for entry in self.entries)
-        cells = math.prod(len(self.axes[dim].bins) for dim in self._free)
-        return combinations * cells * len(self.alignments)
+        total = 0
+        for entry in self.entries:
+            cells = len(entry.sizes) or math.prod(len(self.axes[dim].bins) for dim in self._free)
+            total += math.prod(len(values) for values in entry.traits.values()) * cells
+        return total * len(self.alignments)
+
+    def bins(self) -> dict[str, Bins]:
+        """By dynamic dim, its bins: the config's, or the sizes it names."""
+        named = [sized for entry in self.entries for sized in entry.sizes]
+        return {
+            dim: self.axes[dim].bins if dim in self.axes else explicit(sorted({s.dims[dim] for s in named}))
+            for dim in self.op.dynamic
+        }
 
     @property
     def _free(self) -> tuple[str, ...]:
@@ -138,9 +162,10 @@ class Plan:
         for entry in self.entries:
             for values in product(*entry.traits.values()):
                 traits = dict(zip(entry.traits, values, strict=True))
-                for sizes, share in self._cells():
-                    for problem in self._aligned(traits, {**entry.dims, **sizes}):
-                        weights[problem] = weights.get(problem, 0.0) + entry.count * share
+                for sized in entry.sizes or self._cells():
+                    alignments = self.alignments if sized.align is None else (sized.align,)
+                    for problem in self._aligned(traits, {**entry.dims, **sized.dims}, alignments):
+                        weights[problem] = weights.get(problem, 0.0) + entry.count * sized.weight
         return tuple(WeightedProblem(problem, weight) for problem, weight in weights.items())
 
     def neighbours(self) -> dict[Kind, Neighbours]:
@@ -153,19 +178,21 @@ class Plan:
                 found.setdefault((traits, statics), entry.neighbours)
         return found
 
-    def _cells(self) -> Iterator[tuple[dict[str, int], float]]:
+    def _cells(self) -> Iterator[Sized]:
         axes = [list(zip(self.axes[d].bins.edges, self.axes[d].shares, strict=True)) for d in self._free]
         for cell in product(*axes):
             sizes = dict(zip(self._free, (edge for edge, _ in cell), strict=True))
             for dim, source in self.tie.items():
                 sizes[dim] = sizes[source]
-            yield sizes, math.prod(share for _, share in cell)
+            yield Sized(sizes, None, math.prod(share for _, share in cell))
 
-    def _aligned(self, traits: Mapping[str, str], sizes: Mapping[str, int]) -> list[Problem]:
+    def _aligned(
+        self, traits: Mapping[str, str], sizes: Mapping[str, int], alignments: tuple[int, ...]
+    ) -> list[Problem]:
         dims = {name: sizes[name] for name in self.op.dims}
         best = self.op.max_align(Problem.of(self.op.name, traits, dims))
         least = DTYPES[traits["dtype"]].itemsize
-        kept = dict.fromkeys(max(min(align, best), least) for align in self.alignments)
+        kept = dict.fromkeys(max(min(align, best), least) for align in alignments)
         return [Problem.of(self.op.name, traits, dims, align) for align in kept]
 
 
