@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.intervals import Interval, block_ratio
-from dks.dispatch.plain import parse_json
+from dks.dispatch.plain import in_words, parse_json
 from dks.dispatch.problem import Candidate, Precision, Problem
 
 SCHEMA_VERSION = 2
@@ -174,8 +174,6 @@ SCHEMA = pa.schema(
 )
 _VERSION_KEY = b"dks.schema"
 _VERSION = re.compile(rb"dks\.schema\x18.([0-9]+)")  # as the footer has it: Thrift's compact protocol
-_AS_READ = pa.dictionary(pa.int32(), pa.string())
-_READ_SCHEMA = pa.schema([f.with_type(_AS_READ) if f.type == pa.string() else f for f in SCHEMA])
 _METADATA = frozenset({_VERSION_KEY, b"ARROW:schema"})
 _TEXTS = [f.name for f in fields(Measurement) if f.type == "str"]
 _DIGEST_BYTES = 32
@@ -253,18 +251,17 @@ def read_rows(path: Path) -> list[Measurement]:
         data = _read(path)
         # The digest comes first: Arrow sees no file that a stray bit has been through.
         _check_digest(path, data)
-        reader = pq.ParquetFile(pa.BufferReader(data), read_dictionary=_TEXTS)
-        _check_size(path, reader.metadata)
-        _check_schema(path, reader.metadata.metadata or {}, reader.schema_arrow)
-        table = reader.read()
+        metadata = pq.read_metadata(pa.BufferReader(data))
+        _check_size(path, metadata)
+        _check_schema(path, metadata.metadata or {}, metadata.schema.to_arrow_schema())
+        table = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=_TEXTS).read()
         table.validate(full=True)
         _check_texts(path, table)
     except BadInput:
         raise
     except Exception as error:  # a damaged file makes the reader raise whatever it meets
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(
-            f"{path}: found a file that does not read as Parquet ({first}), expected one that dks-profile "
+            f"{path}: found a file that does not read as Parquet ({in_words(error)}), expected one that dks-profile "
             "wrote; delete it and run dks-profile again, which measures only what is missing"
         ) from None
     rows = []
@@ -371,17 +368,13 @@ def _refuse_unfinished(folder: Path) -> None:
 
 def _other_version(path: Path, version: bytes) -> BadInput:
     return BadInput(
-        f"{path}: found schema version {version.decode(errors='replace')[:20]}, expected {SCHEMA_VERSION}; "
+        f"{path}: found schema version {ascii(version[:20])[2:-1]}, expected {SCHEMA_VERSION}; "
         "measure again with this version of dks-profile, or use the version that wrote it"
     )
 
 
 def _check_schema(path: Path, metadata: Mapping[bytes, bytes], schema: pa.Schema) -> None:
-    """That a file has our columns and nothing beside them: no extension types, nobody's metadata.
-
-    Args:
-        schema: as Arrow reads it with texts as dictionaries.
-    """
+    """That a file has our columns and nothing beside them: no extension types, nobody's metadata."""
     version = metadata.get(_VERSION_KEY)
     if version is None:
         raise BadInput(f"{path}: found Parquet without a dks schema version, expected measurements")
@@ -389,9 +382,9 @@ def _check_schema(path: Path, metadata: Mapping[bytes, bytes], schema: pa.Schema
         raise _other_version(path, version)
     if odd := sorted(set(metadata) - _METADATA):
         raise BadInput(f"{path}: found metadata {odd[0][:40]!r}, expected none but dks.schema")
-    if not schema.equals(_READ_SCHEMA, check_metadata=False):
-        names = set(map(str, schema)) ^ set(map(str, _READ_SCHEMA))
-        raise BadInput(f"{path}: found other columns than expected: {', '.join(sorted(names)[:6])}")
+    if not schema.equals(SCHEMA, check_metadata=False):
+        names = set(map(str, schema)) ^ set(map(str, SCHEMA))
+        raise BadInput(f"{path}: found other columns than expected: {ascii(', '.join(sorted(names)[:6]))[1:400]}")
 
 
 def _check_row(row: Measurement) -> None:

@@ -18,7 +18,7 @@ from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.kernel import source_digest
-from dks.dispatch.plain import MAX_TEXT, parse_json
+from dks.dispatch.plain import MAX_TEXT, in_words, parse_json
 from dks.dispatch.problem import Candidate
 from dks.dispatch.trust import BYTECODE, distrust, importable, strangers
 
@@ -122,7 +122,7 @@ def parse_manifest(text: bytes, what: str = MANIFEST) -> Manifest:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
-            f"{what}: found no manifest ({type(error).__name__}: {ascii(str(error))[1:200]}), expected one that "
+            f"{what}: found no manifest ({in_words(error)}), expected one that "
             "dks-codegen wrote; build the package again"
         ) from None
 

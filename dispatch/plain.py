@@ -38,7 +38,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
         # Infinities, as 1e999 makes them, and halves of a surrogate pair are refused by the way back.
         json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{what}: found text that is not JSON ({_short(error)}), expected an object") from None
+        raise BadInput(f"{what}: found text that is not JSON ({in_words(error)}), expected an object") from None
     if not isinstance(found, dict):
         raise BadInput(f"{what}: found {type(found).__name__}, expected an object in JSON")
     return found
@@ -61,9 +61,9 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
-def _short(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """An error's kind and first line, printable: what it quotes may be anything, and this goes to a terminal."""
     first = (str(error) or "no message").splitlines()[0][:200]
-    # What it quotes may be of any kind, and this goes to a terminal.
     return f"{type(error).__name__}: {ascii(first)[1:-1]}"
 
 
@@ -84,7 +84,7 @@ def parse_table(data: bytes, what: str) -> Table:
     # Python's parser gives up on what is nested too deeply with either of the last two.
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise BadInput(
-            f"{what}: found no table ({_short(error)}), expected one that dks-codegen wrote; build the package again"
+            f"{what}: found no table ({in_words(error)}), expected that of dks-codegen; build the package again"
         ) from None
     return table
 
@@ -153,10 +153,11 @@ def _pairs(items: object, kind: type) -> bool:
 
 
 def _table(args: list[Any], more: Mapping[str, Any]) -> Table:
-    table = Table(*args, **more)
-    if not all(isinstance(group, Group) for group in table.groups):
-        raise ValueError("found something else among the groups")
-    return table
+    if args or set(more) != {"rules", "groups"}:
+        raise ValueError("found a table of something else than rules and groups")
+    if not _all(Rule, more["rules"]) or not _all(Group, more["groups"]):
+        raise ValueError("found something else among the rules or groups")
+    return Table(**more)
 
 
 _MADE: Mapping[str, Callable[[list[Any], Mapping[str, Any]], Any]] = {
