@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from dks.dispatch.ambient import is_compiling, transform_objection, wants_gradient
+from dks.dispatch.ambient import is_compiling, is_differentiating, transform_objection, wants_gradient
 
 if TYPE_CHECKING:
     from dks.dispatch.prepared import PreparedModule
@@ -146,10 +146,9 @@ def define(
     def with_autograd(*args: Any) -> Any:
         # Graphs are made where nothing records; an exported one may be run where something does.
         tensors = [t for t in args if isinstance(t, _Tensor)]
-        state = transform_objection()
-        if state == "gradient" or wants_gradient(*tensors):
+        if is_differentiating() or wants_gradient(*tensors):
             return framework(*args[:-1])
-        if state is None and all(type(t) is _Tensor or type(t) is _Parameter for t in tensors):
+        if transform_objection() is None and all(type(t) is _Tensor or type(t) is _Parameter for t in tensors):
             return real(*args)  # below there is nothing else: saves a second way through torch's dispatcher
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
