@@ -12,6 +12,7 @@ from dks.dispatch.prepared import PreparedModule, parameter_objection
 from dks.dispatch.runtime import Plan, Swap
 from dks.dispatch.served import Server, tensors_objection
 from dks.dispatch.swap import bind_again, children, replace, swap_note
+from dks.dispatch.traced import takes
 
 
 class NormServer(Server):
@@ -88,3 +89,11 @@ def rows_objection(x: Any, normalized_shape: Sequence[int], *parameters: torch.T
     if shape[0] == 0:
         return "zero_sized"
     return None if all(t.is_contiguous() for t in (x, *given)) else "strides"
+
+
+def rows_traced(x: Any, normalized_shape: Any, *others: torch.Tensor | None) -> bool:
+    """Whether a traced call belongs in the graph as the table's operator: rows, and parameters that fit them."""
+    if not takes(x, *others) or not isinstance(normalized_shape, (tuple, list)) or len(normalized_shape) != 1:
+        return False
+    n = normalized_shape[0]
+    return x.dim() > 0 and x.shape[-1] == n and all(t is None or t.shape == (n,) for t in others)

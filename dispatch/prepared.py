@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from dks.dispatch import pool
+from dks.dispatch import pool, traced
 from dks.dispatch.ambient import (
     grad_enabled,
     is_compiling,
@@ -109,6 +109,15 @@ class PreparedModule(nn.Module):
         """Row strides in and out, or-ed together, in bytes."""
         raise NotImplementedError
 
+    @property
+    def setting(self) -> Hashable:
+        """What the layer was made with beside its parameters."""
+        raise NotImplementedError
+
+    def traced(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """This layer's operator for graphs, called; None where the framework's own belongs in the graph."""
+        raise NotImplementedError
+
     def framework(self, x: torch.Tensor) -> torch.Tensor:
         """The framework's own operator on this layer; takes a residual as well if the layer adds one."""
         raise NotImplementedError
@@ -133,6 +142,7 @@ class PreparedModule(nn.Module):
             dispatch = self._dispatch(plan, statics)
             fused = None if fused_plan is None else self._dispatch(fused_plan, statics)
         self._binding = Binding(dispatch, fused, watch, weight.dtype, self.features, self.row_bytes())
+        traced.remember(self, weight, bias)
 
     def _dispatch(self, plan: Plan, statics: tuple[object, ...]) -> Dispatch:
         def bind(candidate: Candidate) -> Launch:
@@ -168,11 +178,10 @@ class PreparedModule(nn.Module):
         if (residual is None) is self.adds_residual:
             raise TypeError(self._wrong_arguments())
         given: tuple[torch.Tensor, ...] = (input,) if residual is None else (input, residual)
-        if is_compiling():
-            self._server.runtime.counters.add(self._server.op, "compiling")
-            return self.framework(*given)
         binding = self._binding
-        if binding is None:
+        if is_compiling():
+            reason: str | None = "compiling"
+        elif binding is None:
             reason = self._unbound
         else:
             parameters = self._parameters
@@ -183,7 +192,11 @@ class PreparedModule(nn.Module):
                     bits |= residual.data_ptr()
                 rows = input.numel() // binding.features
                 return binding.dispatch.serve(self.framework, bits & -bits, (rows,), *given)
-        self._server.count(str(reason))
+        if binding is not None and traced.wanted(str(reason)):
+            y = self.traced(*given)
+            if y is not None:
+                return y
+        self._server.runtime.counters.add(self._server.op, str(reason))
         return self.framework(*given)
 
     def _wrong_arguments(self) -> str:

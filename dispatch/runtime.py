@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dks.dispatch import misses, pool
+from dks.dispatch import misses, pool, traced
 from dks.dispatch.choice import Choice
 from dks.dispatch.explain import Known, explain
 from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, Problem
@@ -128,6 +128,7 @@ class Runtime:
         self._groups = {group.key: index for index, group in enumerate(table.groups)}
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._servers = {op: operator.server(self) for op, operator in pool.operators().items()}
+        traced.enroll(self)
 
     def server(self, op: str) -> Any:
         """The object that serves one operator. Raises KeyError with the names there are."""

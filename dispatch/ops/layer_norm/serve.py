@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling
-from dks.dispatch.norms import NormServer, rows_objection
+from dks.dispatch.norms import NormServer, rows_objection, rows_traced
+from dks.dispatch.ops.layer_norm.traced import LAYER_NORM
 from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Plan
 from dks.dispatch.served import DTYPE_NAMES
+from dks.dispatch.traced import wanted
 
 
 class LayerNormServer(NormServer):
@@ -49,6 +51,8 @@ class LayerNormServer(NormServer):
         if reason is None and (weight is None) != (bias is None):
             reason = "shape"
         if reason is not None:
+            if wanted(reason) and rows_traced(x, normalized_shape, weight, bias):
+                return LAYER_NORM(x, normalized_shape, weight, bias, eps, False, self.runtime.name)
             self.runtime.counters.add(self.op, reason)
             return framework(x, weight, bias, eps)
         n = x.shape[-1]
@@ -100,6 +104,16 @@ class PreparedLayerNorm(PreparedModule):
 
     def row_bytes(self) -> int:
         return self.features * self.weight.element_size()
+
+    @property
+    def setting(self) -> float:
+        return self.eps
+
+    def traced(self, x: torch.Tensor, _residual: torch.Tensor | None = None) -> Any:
+        if not rows_traced(x, (self.features,), self.weight, self.bias):
+            return None
+        table = self._server.runtime.name
+        return LAYER_NORM(x, (self.features,), self.weight, self.bias, self.eps, True, table)
 
     def framework(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (self.features,), self.weight, self.bias, self.eps)

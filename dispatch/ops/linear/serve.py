@@ -12,11 +12,13 @@ from torch import nn
 from dks.dispatch.ambient import is_compiling
 from dks.dispatch.ops.linear.epilogue import ACTIVATIONS, EPILOGUES, finish
 from dks.dispatch.ops.linear.pair import linear_note, linear_then_activation
+from dks.dispatch.ops.linear.traced import LINEAR, fits
 from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Plan, Swap
 from dks.dispatch.served import DTYPE_NAMES, Server, residual_objection, tensors_objection
 from dks.dispatch.swap import bind_again, children, join, replace
+from dks.dispatch.traced import wanted
 
 
 class LinearServer(Server):
@@ -49,6 +51,7 @@ class LinearServer(Server):
             ValueError: an unknown epilogue, or a residual with another one than none.
         """
         _check_epilogue(epilogue, ACTIVATIONS)
+        asked = epilogue
         if residual is not None:
             if epilogue != "none":
                 raise ValueError(f"linear: found a residual and epilogue={epilogue!r}, expected one of the two")
@@ -61,6 +64,8 @@ class LinearServer(Server):
         if reason is None and residual is not None:
             reason = residual_objection(residual, x, weight.shape[0])
         if reason is not None:
+            if wanted(reason) and fits(x, weight, bias, residual):
+                return LINEAR(x, weight, bias, asked, residual, False, self.runtime.name)
             self.runtime.counters.add(self.op, reason)
             return framework()
         n, k = weight.shape
@@ -189,6 +194,16 @@ class PreparedLinear(PreparedModule):
     def row_bytes(self) -> int:
         n, k = self.weight.shape
         return (n | k) * self.weight.element_size()
+
+    @property
+    def setting(self) -> str:
+        return self.epilogue
+
+    def traced(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        if not fits(x, self.weight, self.bias, residual):
+            return None
+        epilogue = "none" if self.adds_residual else self.epilogue
+        return LINEAR(x, self.weight, self.bias, epilogue, residual, True, self._server.runtime.name)
 
     def framework(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias)

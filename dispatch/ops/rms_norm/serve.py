@@ -11,11 +11,13 @@ from torch import nn
 
 from dks.dispatch.ambient import is_compiling
 from dks.dispatch.kernel import Output
-from dks.dispatch.norms import NormServer, rows_objection
+from dks.dispatch.norms import NormServer, rows_objection, rows_traced
+from dks.dispatch.ops.rms_norm.traced import ADD_RMS_NORM, RMS_NORM, add_and_normalize, normalize
 from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Plan
 from dks.dispatch.served import DTYPE_NAMES, residual_objection
+from dks.dispatch.traced import takes, wanted
 
 
 class RMSNormServer(NormServer):
@@ -53,6 +55,8 @@ class RMSNormServer(NormServer):
         if reason is None and residual is not None:
             reason = residual_objection(residual, x, x.shape[-1])
         if reason is not None:
+            if wanted(reason) and _traceable(x, normalized_shape, weight, residual):
+                return _traced(x, normalized_shape, weight, eps, residual, False, self.runtime.name)
             self.runtime.counters.add(self.op, reason)
             return framework()
         n, fused = x.shape[-1], residual is not None
@@ -118,8 +122,21 @@ class PreparedRMSNorm(PreparedModule):
                 bits = input.data_ptr() | residual.data_ptr() | binding.row_bits
                 rows = input.numel() // self.features
                 return binding.fused.serve(framework, bits & -bits, (rows,), input, residual)
-        self._server.count(str(reason))
+        name, weight = str(reason), self.weight
+        if wanted(name) and binding is not None and _traceable(input, (self.features,), weight, residual):
+            return self._traced(input, residual)
+        self._server.count(name)
         return framework()
+
+    @property
+    def setting(self) -> float | None:
+        return self.eps
+
+    def traced(self, x: torch.Tensor, _residual: torch.Tensor | None = None) -> Any:
+        return self._traced(x) if rows_traced(x, (self.features,), self.weight) else None
+
+    def _traced(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Output:
+        return _traced(x, (self.features,), self.weight, self.eps, residual, True, self._server.runtime.name)
 
     def plan(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Plan:
         return self._server.plan("prepared", weight.dtype, self.features, weight)
@@ -147,6 +164,31 @@ class PreparedRMSNorm(PreparedModule):
         return f"n={self.features} eps={self.eps}"
 
 
+def _traceable(x: Any, normalized_shape: Any, weight: torch.Tensor | None, residual: torch.Tensor | None) -> bool:
+    """Whether a traced call belongs in the graph as the table's operator."""
+    if not rows_traced(x, normalized_shape, weight):
+        return False
+    return residual is None or (takes(x, residual) and residual.shape == x.shape)
+
+
+def _traced(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    eps: float | None,
+    residual: torch.Tensor | None,
+    prepared: bool,
+    table: str,
+) -> Output:
+    if residual is None:
+        y: torch.Tensor = RMS_NORM(x, normalized_shape, weight, eps, prepared, table)
+        return y
+    both: tuple[torch.Tensor, torch.Tensor] = ADD_RMS_NORM(
+        x, residual, normalized_shape, weight, eps, prepared, table
+    )
+    return both
+
+
 def _framework(
     x: torch.Tensor,
     normalized_shape: Sequence[int],
@@ -155,6 +197,5 @@ def _framework(
     residual: torch.Tensor | None,
 ) -> Output:
     if residual is None:
-        return F.rms_norm(x, normalized_shape, weight, eps)
-    h = x + residual
-    return F.rms_norm(h, normalized_shape, weight, eps), h
+        return normalize(x, normalized_shape, weight, eps)
+    return add_and_normalize(x, residual, normalized_shape, weight, eps)

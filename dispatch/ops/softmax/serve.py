@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling
+from dks.dispatch.ops.softmax.traced import SOFTMAX
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Plan, Swap
 from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+from dks.dispatch.traced import takes, wanted
 
 
 class SoftmaxServer(Server):
@@ -29,6 +31,9 @@ class SoftmaxServer(Server):
 
         reason = "compiling" if is_compiling() else _objection(x, dim)
         if reason is not None:
+            if wanted(reason) and takes(x) and type(dim) is int and -x.dim() <= dim < x.dim():
+                y: torch.Tensor = SOFTMAX(x, dim, self.runtime.name)
+                return y
             self.runtime.counters.add(self.op, reason)
             return framework(x)
         n = x.shape[-1]
