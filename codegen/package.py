@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from dks.codegen.certificate import check_regret
-from dks.codegen.compile import compile_extension
 from dks.codegen.cpp import check_namespace, render_header
 from dks.codegen.kernels import chosen_units, describe, ship
 from dks.codegen.lut import Lut
@@ -26,6 +25,7 @@ from dks.dispatch import compiler, pool, trust
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement
 from dks.dispatch.manifest import MANIFEST, MANIFEST_VERSION, damaged, file_digest, read_manifest, seal
+from dks.dispatch.native.build import compile_into
 from dks.dispatch.plain import parse_json
 from dks.dispatch.problem import Candidate
 
@@ -163,8 +163,7 @@ def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> st
     for file, text in files.items():
         (package / file).write_text(text, encoding="utf-8", newline="\n")
     generation = hashlib.sha256((files["_table.py"] + files["table.hpp"]).encode()).hexdigest()[:16]
-    compiled = compile_extension(package, generation)
-    lookup = "compiled" if compiled.path is not None else compiled.reason
+    lookup = compile_into(package) or "compiled"
     digests = {Candidate.parse(row.candidate).kernel: row.kernel_digest for row in rows}
     chosen = sorted({Candidate.parse(id).kernel for id in lut.candidates()})
     manifest = {

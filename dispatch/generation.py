@@ -95,6 +95,10 @@ class Generation:
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._needs = tuple(rule.align for rule in table.rules)
 
+    def __str__(self) -> str:
+        what = "a refused table" if self.refused is not None else f"table {self.hash[:12] or 'made by hand'}"
+        return f"{what} of {self.origin}" if self.origin else what
+
     def plan(self, op: str, form: str, traits: Mapping[str, str], statics: Mapping[str, int]) -> Plan:
         """The plan for exactly these traits and static dims; cached, never fails."""
         key = (op, form, tuple(sorted(traits.items())), tuple(statics.items()))

@@ -6,30 +6,28 @@ import importlib.util
 import os
 import sys
 import warnings
-from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType
 
+from dks.dispatch import native
 from dks.dispatch.errors import BadInput
+from dks.dispatch.generation import Generation
 from dks.dispatch.manifest import (
     EVIDENCE,
     INIT,
     KERNELS,
     TABLE,
-    Manifest,
     checked,
     dead_kernels,
     examine,
     intact,
+    table_hash,
 )
 from dks.dispatch.plain import parse_table
 from dks.dispatch.problem import Candidate
-from dks.dispatch.runtime import Find, Runtime
+from dks.dispatch.runtime import Runtime
 from dks.dispatch.strict import STRICT, needs
-from dks.dispatch.table import Table
 from dks.dispatch.tiles import library
-
-EMPTY = Table((), ())
 
 
 def load(package: str, folder: str) -> Runtime:
@@ -40,84 +38,62 @@ def load(package: str, folder: str) -> Runtime:
         folder: its directory.
 
     A package that is damaged or was measured elsewhere is refused with a warning that names each
-    difference: none of its other files is then imported, and the framework's own kernels serve.
+    difference: none of its other files is then used, and the framework's own kernels serve.
 
     Raises:
         RuntimeError: it was refused, and DKS_STRICT is 1.
     """
-    path = Path(folder)
-    manifest, found = examine(path)
-    table = EMPTY
-    if manifest is not None and not found:
-        try:
-            table = parse_table(checked(path, manifest, TABLE), TABLE)
-        except BadInput as error:
-            found = [str(error)]
-    strict = os.environ.get(STRICT) == "1"
-    if manifest is None or found:
-        refused = "; ".join(found)
-        text = f"{package}: the table is refused, the framework's own kernels serve: {refused}"
-        if strict:
-            raise RuntimeError(text)
+    try:
+        generation = open_generation(Path(folder))
+    except BadInput as error:
+        text = f"{package}: the table is refused, the framework's own kernels serve: {error}"
+        if _strict():
+            raise RuntimeError(text) from None
         warnings.warn(text, RuntimeWarning, stacklevel=3)
-        return Runtime(package, EMPTY, refused=refused)
+        generation = Generation(refused=str(error), origin=folder, hash=table_hash(None))
+    else:
+        if native.module is None:
+            warnings.warn(f"{package}: the Python form serves: {native.why}", RuntimeWarning, stacklevel=3)
+    for kernel, why in {Candidate.parse(id).kernel: why for id, why in generation.dead.items()}.items():
+        warnings.warn(f"{package}: entries of {kernel} are switched off: {why}", RuntimeWarning, stacklevel=3)
+    return Runtime(package, generation, open_generation)
+
+
+def open_generation(path: Path) -> Generation:
+    """The table of a package's folder, checked, with its kernels loaded. Compiles nothing.
+
+    Raises:
+        BadInput: it must not serve here, for every reason that there is; or DKS_STRICT is 1 and some entry of it
+            can't be served without a search.
+    """
+    manifest, found = examine(path)
+    if manifest is None or found:
+        raise BadInput("; ".join(found))
+    table = parse_table(checked(path, manifest, TABLE), TABLE)
+    evidence = checked(path, manifest, EVIDENCE).decode("utf-8")
     dead_ids = dead_kernels(manifest)
+    if native.BINARY in manifest.files:
+        native.install(path / native.BINARY)
+    elif native.module is None:
+        native.why = manifest.lookup
     if KERNELS in manifest.files:
         try:
-            library.add(path / KERNELS)
+            library.add(path / KERNELS, manifest.files[KERNELS])
         except OSError as error:  # each of its kernels is then found to be missing when it is bound
-            warnings.warn(f"{package}: {KERNELS} can't be loaded: {error}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"{path}: {KERNELS} can't be loaded: {error}", RuntimeWarning, stacklevel=3)
     dead = {
         rule.candidate: dead_ids[kernel]
         for rule in table.rules
         if (kernel := Candidate.parse(rule.candidate).kernel) in dead_ids
     }
-    for id, why in dead_ids.items():
-        warnings.warn(f"{package}: entries of {id} are switched off: {why}", RuntimeWarning, stacklevel=3)
-    if strict and (lines := needs(table, dead)):
-        raise RuntimeError(f"{package}: the table can't be served without a search here: {'; '.join(lines)}")
-    return Runtime(
-        package,
-        table,
-        dead=dead,
-        find=_compiled_find(package, path, manifest),
-        evidence=path / EVIDENCE,
-        generation=manifest.generation,
-    )
+    if _strict() and (lines := needs(table, dead)):
+        raise BadInput(f"the table can't be served without a search here: {'; '.join(lines)}")
+    digest = table_hash(manifest, dead)
+    return Generation(table, dead=dead, evidence=evidence, origin=str(path), hash=digest)
 
 
-def _compiled_find(package: str, folder: Path, manifest: Manifest) -> Find | None:
-    """The compiled lookup, where one was built for this very table and loads here."""
-    if manifest.lookup != "compiled":
-        return None
-    try:
-        module = import_extension(f"{package}._lookup", folder / "_lookup.abi3.so")
-    except ImportError as error:
-        warnings.warn(f"{package}: the Python lookup serves: {error}", RuntimeWarning, stacklevel=4)
-        return None
-    if manifest.generation != module.GENERATION:
-        warnings.warn(
-            f"{package}: the Python lookup serves: the compiled one is of generation {module.GENERATION}, "
-            f"expected {manifest.generation}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        return None
-    find: Find = module.find
-    return find
-
-
-def import_extension(name: str, path: Path) -> ModuleType:
-    """The compiled module in this very file, whatever else a search of its folder would find.
-
-    Raises:
-        ImportError: it can't be loaded.
-    """
-    spec = importlib.util.spec_from_file_location(name, path, loader=ExtensionFileLoader(name, str(path)))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _strict() -> bool:
+    return os.environ.get(STRICT) == "1"
 
 
 def import_package(folder: Path) -> ModuleType:

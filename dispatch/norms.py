@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dks.dispatch.prepared import PreparedModule, parameter_objection
-from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import Server, tensors_objection
+from dks.dispatch.runtime import Swap
+from dks.dispatch.served import Question, Server, tensors_objection
 from dks.dispatch.swap import bind_again, children, replace, swap_note
 from dks.dispatch.traced import takes
 
@@ -21,8 +21,8 @@ class NormServer(Server):
     layer: type[nn.Module]  # what ``swap`` replaces
     parameters: tuple[str, ...]  # names of all it holds, the weight first
 
-    def plan(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None) -> Plan:
-        """The table's plan for rows of ``n`` elements."""
+    def question(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None) -> Question:
+        """What to ask a table for, for rows of ``n`` elements."""
         raise NotImplementedError
 
     def prepared(self, norm: nn.Module) -> PreparedModule:
@@ -53,7 +53,7 @@ class NormServer(Server):
             weight = norm._parameters["weight"]
             assert weight is not None  # ``_note`` saw it
             n = weight.shape[0]
-            plan = self.plan("prepared", weight.dtype, n, weight)
+            plan = self.plan(self.question("prepared", weight.dtype, n, weight))
             if plan.find is None:
                 return Swap(where, self.op, False, f"n={n} {weight.dtype} is not in the table")
             if not plan.changes_anything:

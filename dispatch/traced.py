@@ -66,9 +66,7 @@ def layer_for(
 def _same_memory(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    return (
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype is b.dtype and a.stride() == b.stride()
-    )
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype is b.dtype and a.stride() == b.stride()
 
 
 def wanted(reason: str) -> bool:

@@ -46,7 +46,7 @@ def digest() -> str:
 
 def install(path: Path) -> str:
     """Load the extension at ``path``, unless this process has one; returns why there is none, or an empty text."""
-    global module, why  # noqa: PLW0603 - one extension a process
+    global why  # noqa: PLW0603 - one extension a process
     if module is None:
         why = _install(path)
     return why
@@ -64,7 +64,9 @@ def _install(path: Path) -> str:
         made = importlib.util.module_from_spec(spec)
         loader.exec_module(made)
         if digest() != made.SOURCE:
-            return f"{path.name} was compiled from another version's sources ({made.SOURCE}); build the package again"
+            return (
+                f"{path.name} was compiled from another version's sources ({made.SOURCE}); build the package again"
+            )
         made.setup(_given(exchange))
     except (ImportError, RuntimeError, AttributeError) as error:
         return f"{path.name}: {error}"

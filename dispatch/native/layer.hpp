@@ -277,7 +277,7 @@ struct Layer {
     }
     const std::int64_t rows = elements / bound.features;
     const std::int32_t code = plan->choose(&rows, alignment(bits));
-    if (code < 0) return nullptr;
+    if (code < 0 || nearest(code)) return nullptr;
     const Entry& entry = plan->entry(code);
     if (entry.kind == Entry::none) return nullptr;
 

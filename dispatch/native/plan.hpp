@@ -67,8 +67,32 @@ bool parse_tuple(PyObject* tuple, std::vector<Number>& parsed) {
   return true;
 }
 
+// Whether a hit is a guess from the nearest evidence there is: Python serves it, and notes its sizes.
+inline bool nearest(std::int32_t code) { return (code & 3) == static_cast<std::int32_t>(Match::nearest); }
+
+// The edges of one dynamic dim, and where to look in them: what codegen/cpp.py writes into a header.
+struct Axis {
+  std::vector<std::int64_t> edges;
+  std::vector<std::uint16_t> first;
+  std::int32_t count = 0, most = 0;
+
+  // `edges` as they were given, from 1 on and increasing.
+  void prepare() {
+    count = static_cast<std::int32_t>(edges.size());
+    std::vector<std::uint16_t> inside(static_cast<std::size_t>(octave_of(nearest_reach * edges.back()) + 1));
+    for (const std::int64_t edge : edges) ++inside[static_cast<std::size_t>(octave_of(edge))];
+    std::uint16_t before = 0;
+    for (const std::uint16_t here : inside) {
+      first.push_back(before);
+      before = static_cast<std::uint16_t>(before + here);
+      if (here > most) most = here;
+    }
+    edges.insert(edges.end(), static_cast<std::size_t>(most), std::numeric_limits<std::int64_t>::max());
+  }
+};
+
 struct Plan {
-  std::vector<std::vector<std::int64_t>> edges;
+  std::vector<Axis> held;
   std::vector<Edges> axes;
   std::vector<std::vector<std::int32_t>> cells;
   std::vector<Class> classes;
@@ -145,20 +169,23 @@ struct Plan {
     const Py_ssize_t dims = PyTuple_Size(edge_tuples);
     if (dims > max_dynamic) return wrong("too many dims");
     for (Py_ssize_t dim = 0; dim < dims; ++dim) {
-      edges.emplace_back();
-      if (!parse_tuple(PyTuple_GetItem(edge_tuples, dim), edges.back())) return false;
-      if (edges.back().empty()) return wrong("a dim has no edge");
-      wanted *= edges.back().size();
+      std::vector<std::int64_t> edges;
+      if (!parse_tuple(PyTuple_GetItem(edge_tuples, dim), edges)) return false;
+      if (!increasing(edges)) return wrong("edges must increase from 1 to 2^40, at most 4096 of them");
+      wanted *= edges.size();
+      held.emplace_back();
+      held.back().edges = std::move(edges);
+      held.back().prepare();
     }
-    for (const auto& axis : edges) axes.push_back({axis.data(), static_cast<std::int32_t>(axis.size())});
+    for (const Axis& axis : held) axes.push_back({axis.edges.data(), axis.count, axis.first.data(), axis.most});
     std::vector<std::int32_t> least;
     for (Py_ssize_t i = 0; i < PyTuple_Size(class_pairs); ++i) {
       int align;
-      PyObject* held;
-      if (!PyArg_ParseTuple(PyTuple_GetItem(class_pairs, i), "iO", &align, &held)) return false;
+      PyObject* given;
+      if (!PyArg_ParseTuple(PyTuple_GetItem(class_pairs, i), "iO", &align, &given)) return false;
       least.push_back(align);
       cells.emplace_back();
-      if (!parse_tuple(held, cells.back())) return false;
+      if (!parse_tuple(given, cells.back())) return false;
       if (cells.back().size() != wanted) return wrong("a class has another number of cells than there are bins");
       for (const std::int32_t rule : cells.back())
         if (rule < -1 || rule >= static_cast<std::int32_t>(rules.size())) return wrong("a cell names no rule");
@@ -188,6 +215,13 @@ struct Plan {
       if (entry.kind == Entry::native) entry.kernel = &Object<Kernel>::of(call);
     }
     return true;
+  }
+
+  static bool increasing(const std::vector<std::int64_t>& edges) {
+    std::int64_t last = 0;
+    for (const std::int64_t edge : edges)
+      if (edge <= std::exchange(last, edge)) return false;
+    return last >= 1 && last <= std::int64_t{1} << 40 && edges.size() <= 4096;
   }
 
   static bool wrong(const char* why) {

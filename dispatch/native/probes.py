@@ -48,7 +48,7 @@ class Question:
     python: Callable[[], object]
 
 
-class _Dispatching(TorchDispatchMode):
+class _Dispatching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode that does nothing but be there."""
 
 
@@ -66,7 +66,7 @@ def _key_on(name: str) -> Iterator[None]:
 
 
 def _key(name: str) -> int:
-    return int(torch._C._parse_dispatch_key(name))  # type: ignore[attr-defined]
+    return int(torch._C._parse_dispatch_key(name))  # type: ignore[call-overload, no-any-return]
 
 
 def _questions() -> list[Question]:

@@ -143,11 +143,11 @@ def _compile(compiler: Sequence[str], unit: Unit) -> str:
 
 
 def _path(unit: Unit, suffix: str) -> Path:
-    key = hashlib.sha256("\0".join((unit.digest(), *FLAGS, *LINK, _compiler())).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join((unit.digest(), *FLAGS, *LINK, compiler_version())).encode()).hexdigest()[:16]
     return cache() / f"{unit.symbol}-{key}{suffix}"
 
 
-def _compiler() -> str:
+def compiler_version() -> str:
     """The compiler and its version: another one makes other code."""
     command, reason = find_compiler()
     return reason or _version(tuple(command))

@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dks.codegen.compile import CompileResult
 
 from dks.codegen import package as packaging
-from dks.codegen.compile import CompileResult
 from dks.codegen.package import build
 from dks.codegen.select import select
 from dks.dispatch import evidence

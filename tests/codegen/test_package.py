@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from dks.codegen.compile import CompileResult
 
 from dks.codegen import package as packaging
-from dks.codegen.compile import CompileResult
 from dks.codegen.lut import Lut
 from dks.codegen.package import build, check_destination, check_package_name, render
 from dks.codegen.policy import Policy

@@ -13,8 +13,8 @@ from torch import nn
 from dks.dispatch.ambient import is_compiling, tensor_objection
 from dks.dispatch.ops.attention.traced import ATTENTION, fits
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+from dks.dispatch.runtime import Swap
+from dks.dispatch.served import DTYPE_NAMES, Question, Server, tensors_objection
 from dks.dispatch.traced import wanted
 
 
@@ -80,12 +80,12 @@ class AttentionServer(Server):
         _, hkv, kv, _ = k.shape
         layout = _layout(k if length == 1 else q)
 
-        def plan() -> Plan:
+        def question() -> Question:
             causes = "yes" if causal else "no"
             traits = {"dtype": DTYPE_NAMES[q.dtype], "mask": kind, "causal": causes, "layout": layout}
-            return self.runtime.plan(self.op, "direct", traits, {"h": h, "hkv": hkv, "d": d})
+            return Question(self.op, "direct", traits, {"h": h, "hkv": hkv, "d": d})
 
-        dispatch = self.direct((q.dtype, kind, causal, layout, h, hkv, d), plan, 0)
+        dispatch = self.direct((q.dtype, kind, causal, layout, h, hkv, d), question, 0)
         # The class covers q, k, v and the output. A mask is read element by element.
         return dispatch.serve(framework, _align(q, k, v), (b, length, kv), q, k, v, mask, scale)
 
@@ -110,10 +110,10 @@ class AttentionServer(Server):
             return []
         if found != "sdpa":
             return [Swap(path, self.op, False, f"attention is {found!r}, expected 'sdpa'")]
-        groups = [group for group in self.runtime.table.groups if group.op == self.op]
+        groups = [group for group in self.runtime.generation.table.groups if group.op == self.op]
         heads = getattr(config, "num_attention_heads", 0)
         plans = [
-            self.runtime.plan(self.op, g.form, dict(g.traits), dict(g.statics))
+            self.runtime.generation.plan(self.op, g.form, dict(g.traits), dict(g.statics))
             for g in groups
             if dict(g.statics)["h"] == heads
         ]

@@ -14,8 +14,7 @@ from dks.dispatch.norms import NormServer, rows_objection, rows_traced
 from dks.dispatch.ops.layer_norm.traced import LAYER_NORM
 from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Plan
-from dks.dispatch.served import DTYPE_NAMES
+from dks.dispatch.served import DTYPE_NAMES, Question
 from dks.dispatch.traced import wanted
 
 
@@ -56,15 +55,15 @@ class LayerNormServer(NormServer):
             self.runtime.counters.add(self.op, reason)
             return framework(x, weight, bias, eps)
         n = x.shape[-1]
-        dispatch = self.direct((x.dtype, weight is None, n), lambda: self.plan("direct", x.dtype, n, weight), 3)
+        dispatch = self.direct((x.dtype, weight is None, n), lambda: self.question("direct", x.dtype, n, weight), 3)
         parameters = [t.data_ptr() for t in (weight, bias) if t is not None]
         align = alignment(x.data_ptr(), n * x.element_size(), *parameters)
         return dispatch.serve(framework, align, (x.numel() // n,), x, weight, bias, eps)
 
-    def plan(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None) -> Plan:
-        """The table's plan for rows of ``n`` elements."""
+    def question(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None) -> Question:
+        """What to ask a table for, for rows of ``n`` elements."""
         traits = {"dtype": DTYPE_NAMES[dtype], "affine": "no" if weight is None else "yes"}
-        return self.runtime.plan(self.op, form, traits, {"n": n})
+        return Question(self.op, form, traits, {"n": n})
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> PreparedLayerNorm:
         """A module that dispatches: layer(x (..., n)) -> (..., n), with weight and bias (n,).
@@ -96,8 +95,8 @@ class PreparedLayerNorm(PreparedModule):
         self.__dict__["features"] = weight.shape[0]
         super().__init__(server, weight, bias)
 
-    def plan(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Plan:
-        return self._server.plan("prepared", weight.dtype, self.features, weight)
+    def question(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Question:
+        return self._server.question("prepared", weight.dtype, self.features, weight)
 
     def constants(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[object, ...]:
         return (weight, bias, self.eps)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dks.dispatch.traced import define, layer_for
 
 
-def _framework(  # noqa: PLR0917 - as the schema has them
+def _framework(
     x: torch.Tensor,
     shape: Sequence[int],
     weight: torch.Tensor | None,

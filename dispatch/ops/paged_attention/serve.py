@@ -11,8 +11,8 @@ from dks.dispatch.ambient import is_compiling, tensor_objection, transform_objec
 from dks.dispatch.ops.paged_attention.gather import attend
 from dks.dispatch.ops.paged_attention.traced import PAGED_ATTENTION
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+from dks.dispatch.runtime import Swap
+from dks.dispatch.served import DTYPE_NAMES, Question, Server, tensors_objection
 from dks.dispatch.traced import on_cpu, takes, wanted
 
 INTS = (torch.int32, torch.int64)
@@ -74,11 +74,11 @@ class PagedAttentionServer(Server):
             self.count(reason)
             return framework()
 
-        def plan() -> Plan:
+        def question() -> Question:
             statics = {"h": h, "hkv": hkv, "d": d, "page": page}
-            return self.runtime.plan(self.op, "direct", {"dtype": DTYPE_NAMES[q.dtype]}, statics)
+            return Question(self.op, "direct", {"dtype": DTYPE_NAMES[q.dtype]}, statics)
 
-        dispatch = self.direct((q.dtype, h, hkv, d, page), plan, 0)
+        dispatch = self.direct((q.dtype, h, hkv, d, page), question, 0)
         # These are small: kernels see one form of them. The class covers q, the caches and the output.
         rows = q.contiguous()
         table, counts = _plain(block_table), _plain(lengths)

@@ -8,8 +8,8 @@ from torch import nn
 from dks.dispatch.ambient import is_compiling
 from dks.dispatch.ops.softmax.traced import SOFTMAX
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+from dks.dispatch.runtime import Swap
+from dks.dispatch.served import DTYPE_NAMES, Question, Server, tensors_objection
 from dks.dispatch.traced import takes, wanted
 
 
@@ -37,11 +37,11 @@ class SoftmaxServer(Server):
             self.runtime.counters.add(self.op, reason)
             return framework(x)
         n = x.shape[-1]
-        dispatch = self.direct((x.dtype,), lambda: self._plan(x.dtype), 0)
+        dispatch = self.direct((x.dtype,), lambda: self._question(x.dtype), 0)
         return dispatch.serve(framework, alignment(x.data_ptr()), (x.numel() // n, n), x)
 
-    def _plan(self, dtype: torch.dtype) -> Plan:
-        return self.runtime.plan(self.op, "direct", {"dtype": DTYPE_NAMES[dtype]}, {})
+    def _question(self, dtype: torch.dtype) -> Question:
+        return Question(self.op, "direct", {"dtype": DTYPE_NAMES[dtype]}, {})
 
     def swap(self, model: nn.Module) -> list[Swap]:  # noqa: ARG002 - as the base has it
         """Nothing: a table serves the calls that ask it by name."""
