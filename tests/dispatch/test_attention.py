@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch import pool
+from dks.dispatch.generation import Generation
 
 H, D = 4, 8
 CAST, MATMUL, SDPA = "torch.sdpa_cast", "torch.matmul_attention", "torch.sdpa"
@@ -166,7 +167,7 @@ def test_derivatives_transforms_and_modes(runtime: Any) -> None:
 
 def test_offset_views_keep_their_alignment_class(route: Any) -> None:
     runtime = route("attention", (CAST,), SHAPES)
-    group = runtime.table.groups[0]
+    group = runtime.generation.table.groups[0]
     assert min(group.cells) == 4
     buffer = torch.randn(2 * 5 * H * D + 1)
     q = buffer[1:].view(2, 5, H, D).transpose(1, 2)
@@ -333,7 +334,7 @@ def test_bert_with_everything_swapped(transformers: Any, route: Any) -> None:
         for g in part.groups:
             cells = {align: tuple(c + shift for c in row) for align, row in g.cells.items()}
             groups.append(Group(g.op, g.form, g.traits, g.statics, g.edges, cells))
-    runtime = Runtime("all", Table(tuple(rules), tuple(groups)))
+    runtime = Runtime("all", Generation(Table(tuple(rules), tuple(groups))))
     model = bert(transformers)
     wanted = model(tokens(), attention_mask=padding())
     keys = list(model.state_dict())

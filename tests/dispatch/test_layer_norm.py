@@ -133,7 +133,7 @@ def test_every_candidate_in_turn(route: Any, dtype: torch.dtype) -> None:
         given = x(2, 3, dtype=dtype)
         wanted = F.layer_norm(given, (N,), made.weight, made.bias)
         assert_same(made(given), wanted)
-        assert list(counts(made)) == ["bin"] and list(made._binding.dispatch.kernels) == [candidate]
+        assert list(counts(made)) == ["bin"] and list(made.binding.dispatch.kernels) == [candidate]
 
 
 def test_which_calls_dispatch(server: Any) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from dks.dispatch import pool
+from dks.dispatch.generation import Generation
 from dks.dispatch.kernel import Inputs
 from dks.dispatch.ops.paged_attention import NO_PAGE
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.runtime import Runtime
-from dks.dispatch.table import Table
 
 H, HKV, D, PAGE = 4, 2, 8, 4
 LENGTHS = (13, 1, 8, 12, 5)  # a page and one more, one key, whole pages
@@ -207,9 +207,9 @@ def test_other_shapes_and_an_empty_table_are_the_frameworks(runtime: Runtime) ->
     args, wanted = made((13, 2), hkv=1)
     assert close(runtime.server("paged_attention").call(*args), wanted)
     assert counts(runtime) == {"unknown_shape": 1}
-    bare = Runtime("t", Table((), ()))
+    bare = Runtime("t", Generation())
     assert close(bare.server("paged_attention").call(*args), wanted)
-    refused = Runtime("t", Table((), ()), refused="another machine")
+    refused = Runtime("t", Generation(refused="another machine"))
     assert close(refused.server("paged_attention").call(*args), wanted)
     assert counts(refused) == {"refused": 1}
 

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch import pool
+from dks.dispatch.generation import Generation
 from dks.dispatch.kernel import parts, relative_error
 from dks.dispatch.ops.rms_norm.serve import PreparedRMSNorm
 from dks.dispatch.problem import Problem
+from dks.dispatch.runtime import Runtime
+from dks.dispatch.table import Table
 
 N = 12
 BF16 = torch.bfloat16
@@ -156,14 +159,14 @@ def test_every_candidate_in_turn_against_float64(route: Any, dtype: str, residua
         made = route("rms_norm", (candidate,), [{"n": N}]).server("rms_norm").prepare(*inputs.static)
         error = relative_error(made(*inputs.dynamic), operator.reference(problem, inputs))
         assert error <= kernel.precision[dtype].limit, (kernel.id, error)
-        assert list(counts(made)) == ["bin"] and list(made._binding.dispatch.kernels) == [candidate]
+        assert list(counts(made)) == ["bin"] and list(made.binding.dispatch.kernels) == [candidate]
 
 
 def test_a_residual_is_a_question_of_its_own(route: Any) -> None:
     """A table that holds no fused group leaves such calls to the framework, prepared or not."""
     runtime = route("rms_norm", (VECTOR,), [{"n": N}])
-    held = tuple(g for g in runtime.table.groups if dict(g.traits)["residual"] == "no")
-    runtime = type(runtime)("t", type(runtime.table)(runtime.table.rules, held))
+    held = tuple(g for g in runtime.generation.table.groups if dict(g.traits)["residual"] == "no")
+    runtime = Runtime("t", Generation(Table(runtime.generation.table.rules, held)))
     server = runtime.server("rms_norm")
     made = server.prepare(weight())
     for call in (made, lambda a, b=None: server.call(a, (N,), made.weight, residual=b)):

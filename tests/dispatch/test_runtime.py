@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dks.dispatch import pool
+from dks.dispatch.generation import Generation
 from dks.dispatch.runtime import Report, Runtime, Swap
 from dks.dispatch.table import Group, Rule, Table
 
@@ -32,7 +33,7 @@ CELLS = {16: (1, 2, -1), 4: (1, 0, -1)}
 
 
 def made(cells: dict[int, tuple[int, ...]] = CELLS, **options: Any) -> Runtime:
-    return Runtime("t", Table(RULES, (group(cells),)), **options)
+    return Runtime("t", Generation(Table(RULES, (group(cells),)), **options))
 
 
 def linear(runtime: Runtime) -> Any:
@@ -120,7 +121,8 @@ def test_unknown_operators_are_named() -> None:
 
 def test_explain_fills_in_what_the_table_holds() -> None:
     """A trait that is left out is the table's, where that holds one; else the operator's first."""
-    runtime = Runtime("t", Table(RULES, (group({4: (1, 1, 1)}, form="direct", bias="no", epilogue="silu"),)))
+    silu = group({4: (1, 1, 1)}, form="direct", bias="no", epilogue="silu")
+    runtime = Runtime("t", Generation(Table(RULES, (silu,))))
     assert runtime.explain("linear", m=1, n=N, k=K).candidate == "mkldnn.linear_packed"
     assert runtime.explain("linear", m=1, n=N, k=K, epilogue="none").match == "default"
     assert runtime.explain("linear", m=1, n=N, k=K, form="prepared").match == "default"
@@ -128,10 +130,9 @@ def test_explain_fills_in_what_the_table_holds() -> None:
     assert "(prepared)" in runtime.explain("layer_norm", m=1, n=1).reason
 
 
-def test_explain_shows_the_evidence(tmp_path: Path) -> None:
+def test_explain_shows_the_evidence() -> None:
     evidence = [{"reason": f"rule {i} was measured", "ratio": [1.5, 1.4, 1.6]} for i in range(3)]
-    (tmp_path / "lut.json").write_text(json.dumps({"rules": evidence}))
-    choice = made(evidence=tmp_path / "lut.json").explain("linear", m=8, n=N, k=K)
+    choice = made(evidence=json.dumps({"rules": evidence})).explain("linear", m=8, n=N, k=K)
     assert choice.reason == "rule 2 was measured" and choice.rule == evidence[2]
     assert "ratio: [1.5, 1.4, 1.6]" in str(choice)
 
@@ -145,7 +146,7 @@ def test_each_outcome_is_counted_and_says_what_explain_says() -> None:
     # Rows of 6 floats are 24 bytes apart: no output row but the first is 16-byte aligned.
     assert counts(runtime) == {"exact": 2, "bin": 1, "unmeasured": 1, "out_of_range": 1, "zero_sized": 1}
     stats = runtime.stats()
-    assert stats["table"] == "serving" and stats["lookup"] == "python" and stats["failed"] == {}
+    assert stats["table"] == "serving" and stats["lookup"] == "compiled" and stats["failed"] == {}
     assert set(stats["ops"]["linear"]["hits"]) == {"exact", "bin"}
 
 
@@ -159,7 +160,7 @@ def test_a_refused_table_serves_by_the_framework_and_counts_it() -> None:
     assert runtime.stats()["table"] == "refused: threads: 2 != 4"
     choice = runtime.explain("linear", m=8, n=N, k=K)
     assert choice.match == "default" and "threads: 2 != 4" in choice.reason
-    assert not layer._binding.dispatch.kernels, "nothing is packed for a table that does not serve"
+    assert not layer.binding.dispatch.kernels, "nothing is packed for a table that does not serve"
 
 
 def test_dead_rules_leave_the_others() -> None:
@@ -168,41 +169,25 @@ def test_dead_rules_leave_the_others() -> None:
     layer(torch.randn(1, K))
     assert counts(runtime) == {"exact": 1}
     assert "its source changed" in runtime.explain("linear", m=8, n=N, k=K).reason
-    assert set(layer._binding.dispatch.kernels) == {"torch.linear", "mkldnn.linear_packed"}
-
-
-def test_a_compiled_lookup_is_asked_instead() -> None:
-    asked: list[tuple[int, ...]] = []
-
-    def find(index: int, align: int, *sizes: int) -> int:
-        asked.append((index, align, *sizes))
-        return 1 << 2 | 1
-
-    runtime = made(find=find)
-    layer = linear(runtime)
-    buffer = torch.randn(5 * K + 1)
-    layer(buffer[1:].view(5, K))
-    layer(buffer[: 5 * K].view(5, K))
-    assert asked == [(0, 4, 5), (0, 8, 5)], "the group, the alignment of call and rows, the rows"
-    assert counts(runtime) == {"bin": 2} and runtime.stats()["lookup"] == "compiled"
+    assert set(layer.binding.dispatch.kernels) == {"torch.linear", "mkldnn.linear_packed"}
 
 
 def test_plans_are_cached_and_rules_of_one_candidate_share_a_form() -> None:
     runtime = made({4: (1, 0, 1)})
     traits, statics = dict(LINEAR), dict(STATICS)
-    plan = runtime.plan("linear", "prepared", traits, statics)
-    assert runtime.plan("linear", "prepared", dict(reversed(traits.items())), statics) is plan
+    plan = runtime.generation.plan("linear", "prepared", traits, statics)
+    assert runtime.generation.plan("linear", "prepared", dict(reversed(traits.items())), statics) is plan
     assert plan.form_bytes() == N * K * 4 and plan.changes_anything
-    assert runtime.plan("linear", "direct", traits, statics).blocked == "unknown_shape"
+    assert runtime.generation.plan("linear", "direct", traits, statics).blocked == "unknown_shape"
     two = Table((Rule("torch.addmm", 4), Rule("torch.addmm", 8)), (group({8: (1, 1, 1), 4: (0, 0, 0)}),))
-    layer = linear(Runtime("t", two))
-    assert list(layer._binding.dispatch.kernels) == ["torch.addmm"]
-    assert layer._binding.dispatch.plan.form_bytes() == N * K * 4
+    layer = linear(Runtime("t", Generation(two)))
+    assert list(layer.binding.dispatch.kernels) == ["torch.addmm"]
+    assert layer.binding.dispatch.plan.form_bytes() == N * K * 4
 
 
 def test_a_table_of_defaults_changes_nothing() -> None:
     runtime = made({4: (0, 0, 0)})
-    assert not runtime.plan("linear", "prepared", dict(LINEAR), dict(STATICS)).changes_anything
+    assert not runtime.generation.plan("linear", "prepared", dict(LINEAR), dict(STATICS)).changes_anything
     assert runtime.optimize(nn.Sequential(nn.Linear(K, N))).swapped == 0
 
 
@@ -219,7 +204,7 @@ def test_reports_say_what_is_alike_once() -> None:
 
 
 def test_every_operator_has_a_server_that_survives_an_empty_model_and_table() -> None:
-    runtime = Runtime("t", Table((), ()))
+    runtime = Runtime("t", Generation())
     for op in pool.operators():
         assert runtime.server(op).swap(nn.Module()) == []
     assert runtime.optimize(nn.Module()).swaps == () and runtime.stats()["ops"] == {}

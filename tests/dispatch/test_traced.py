@@ -44,7 +44,7 @@ def table(route: Any) -> Table:
     rules: list[Rule] = []
     groups: list[Group] = []
     for op, (candidates, shapes) in ROUTES.items():
-        part = route(op, candidates, shapes).table
+        part = route(op, candidates, shapes).generation.table
         for g in part.groups:
             cells = {align: tuple(rule + len(rules) for rule in row) for align, row in g.cells.items()}
             edges = tuple((*few[:-1], 128) for few in g.edges)
@@ -56,7 +56,7 @@ def table(route: Any) -> Table:
 @pytest.fixture
 def runtime(route: Any) -> Runtime:
     torch._dynamo.reset()
-    return Runtime(NAME, table(route))
+    return Runtime(NAME, Generation(table(route)))
 
 
 def hits(runtime: Runtime) -> dict[str, int]:
@@ -375,7 +375,7 @@ def test_exported_programs_ask_the_table_wherever_they_run(runtime: Runtime, tmp
     assert {op: n - before.get(op, 0) for op, n in hits(runtime).items()} == {op: 8 * n for op, n in CALLS.items()}
     (tmp_path / "program.pt2").write_bytes(kept.getvalue())
     torch.save((tokens(5), model(tokens(5))), tmp_path / "given.pt")
-    (tmp_path / "table.txt").write_text(repr(runtime.table))
+    (tmp_path / "table.txt").write_text(repr(runtime.generation.table))
     files = [str(tmp_path / name) for name in ("program.pt2", "given.pt", "table.txt")]
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, *files], check=False, capture_output=True, text=True, timeout=120
