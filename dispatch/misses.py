@@ -23,7 +23,7 @@ from dks.dispatch.reasons import LISTED
 from dks.dispatch.table import Group, Match, Table, find
 
 MOST_KEPT = 4096  # distinct shapes; beyond that a call is counted and its shape forgotten
-MOST_EXPORTED = 256  # problems of one exported sweep: more take hours, and are past what a config may hold
+MOST_EXPORTED = 200  # problems of one exported sweep: more take hours, and are past what a config may hold
 MOST_EDGES = 16  # new sizes of one dim of one weight; more fall in bins of about the same traffic
 
 Sizes = tuple[int, ...]

@@ -190,7 +190,7 @@ UNKNOWN_AND_MISSING = [
     (
         "count:",
         "cuont:",
-        "problems[0].cuont: found 'cuont', expected one of dims, traits, count, before, after; did you ",
+        "problems[0].cuont: found 'cuont', expected one of dims, traits, count, sizes, before, after; did you ",
     ),
     ("seconds:", "second:", "measure.second: found 'second', expected one of min_rounds, "),
     ("edges: [1", "of: 3, edges: [1", "6: operators.linear.bins.m.of: found 'of', expected one of scheme, "),
