@@ -72,7 +72,7 @@ class Misses:
 
     def _add(self, key: _Key) -> count[int]:
         if len(self._counts) >= self._most:  # nothing is ever taken out, so this needs no lock
-            return self._others
+            return self._counts.get(key, self._others)
         with self._lock:
             if len(self._counts) >= self._most:
                 return self._counts.get(key, self._others)

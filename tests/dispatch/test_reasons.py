@@ -63,3 +63,9 @@ def test_each_is_said_once_in_a_sentence() -> None:
     assert len(set(said)) == len(said)
     assert all(len(text.split()) > 2 and not text.endswith(".") for text in said)
     assert set(LISTED) <= {*HITS, *REASONS}
+
+
+def test_the_docs_have_the_set_as_it_is() -> None:
+    text = (DISPATCH.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `") and not line.startswith("| `dks_")]
+    assert rows == [f"| `{name}` | {said} |" for name, said in (*HITS.items(), *REASONS.items())]
