@@ -22,13 +22,14 @@ from dks.dispatch.table import Match
 
 _Output = TypeVar("_Output", bound=Output)
 
+NEAREST = int(Match.NEAREST)  # an enum's own comparison takes ten times as long
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Dispatch:
     """A plan with its kernels bound: serves calls by their sizes and alignment, and counts each once."""
 
-    __slots__ = ("_blocked", "_calls", "_counters", "_find", "_hits", "_op", "_runtime", "kernels", "plan")
+    __slots__ = ("_blocked", "_calls", "_counters", "_find", "_hits", "_note", "_op", "_runtime", "kernels", "plan")
 
     def __init__(self, runtime: Runtime, plan: Plan, bind: Callable[[Candidate], Launch]) -> None:
         """Bind each candidate of ``plan`` once; one that can't be bound is recorded and never runs."""
@@ -49,18 +50,20 @@ class Dispatch:
         self._blocked = plan.blocked or ""
         self._runtime = runtime
         self._counters = runtime.counters
+        self._note = runtime.misses.of(plan.problem)
         self._hits = tuple(runtime.counters.counter(self._op, match) for match in MATCH_NAMES)
 
     def serve(self, framework: Callable[..., _Output], align: int, sizes: tuple[int, ...], *args: Any) -> _Output:
         """Run the kernel chosen for these dynamic sizes on ``args``; without one, ``framework(*args)``."""
         if self._find is None:
             self._counters.add(self._op, self._blocked)
-            self._runtime.misses.note(self.plan.problem, sizes, align, self._blocked)
+            if self._blocked == "unknown_shape":
+                self._note(sizes, align, self._blocked)
             return framework(*args)
         code = self._find(align, *sizes)
         if code < 0:
             self._counters.add(self._op, MISS_NAMES[-1 - code])
-            self._runtime.misses.note(self.plan.problem, sizes, align, MISS_NAMES[-1 - code])
+            self._note(sizes, align, MISS_NAMES[-1 - code])
             return framework(*args)
         rule = code >> 2
         call = self._calls.get(rule)
@@ -74,8 +77,8 @@ class Dispatch:
             failure = error
         else:
             next(self._hits[code & 3])
-            if code & 3 == Match.NEAREST:
-                self._runtime.misses.note(self.plan.problem, sizes, align, "nearest")
+            if code & 3 == NEAREST:
+                self._note(sizes, align, "nearest")
             return y
         return self._after_failure(failure, rule, framework, args)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -48,8 +46,8 @@ def shapes(
 def test_calls_are_counted_by_shape_and_reason() -> None:
     misses = Misses()
     for _ in range(3):
-        misses.note(PROBLEM, (200,), 64, "out_of_range")
-    misses.note(PROBLEM, (200,), 4, "misaligned")
+        misses.of(PROBLEM)((200,), 64, "out_of_range")
+    misses.of(PROBLEM)((200,), 4, "misaligned")
     assert noted(misses) == {("out_of_range", (200,), 64): 3, ("misaligned", (200,), 4): 1}
     assert misses.snapshot() == misses.snapshot() and misses.others == 0, "reading counts nothing"
 
@@ -57,14 +55,14 @@ def test_calls_are_counted_by_shape_and_reason() -> None:
 @pytest.mark.parametrize("reason", ["zero_sized", "refused", "gradient", "exact"])
 def test_what_measuring_would_not_change_is_left_out(reason: str) -> None:
     misses = Misses()
-    misses.note(PROBLEM, (0,), 64, reason)
+    misses.of(PROBLEM)((0,), 64, reason)
     assert misses.snapshot() == []
 
 
 def test_shapes_beyond_the_most_are_counted_together() -> None:
     misses = Misses(most=3)
     for m in (1, 2, 3, 4, 5, 1, 4):
-        misses.note(PROBLEM, (m,), 64, "unmeasured")
+        misses.of(PROBLEM)((m,), 64, "unmeasured")
     assert noted(misses) == {("unmeasured", (m,), 64): n for m, n in ((1, 2), (2, 1), (3, 1))}
     assert misses.others == 3
     assert plan(misses.snapshot(), EMPTY, misses.others).left == ("3 calls of shapes beyond those that were kept",)
@@ -74,8 +72,9 @@ def test_threads_lose_nothing_and_keep_the_bound() -> None:
     misses, threads, each = Misses(most=40), 8, 4000
 
     def work() -> None:
+        note = misses.of(PROBLEM)
         for i in range(each):
-            misses.note(PROBLEM, (i % 50,), 64, "unmeasured")
+            note((i % 50,), 64, "unmeasured")
 
     running = [threading.Thread(target=work) for _ in range(threads)]
     for thread in running:
@@ -104,7 +103,12 @@ def test_serving_notes_what_the_table_has_no_evidence_of() -> None:
         ("unmeasured", (8, 60), 64): 1,
     }
     assert {(m.problem.op, m.problem.dims[1]) for m in runtime.misses.snapshot()} >= {("linear", ("n", 8))}
-    assert Runtime("t", EMPTY, refused="because").misses.snapshot() == []
+
+
+def test_a_refused_table_notes_nothing() -> None:
+    runtime = Runtime("t", TABLE, refused="threads: 2 != 4")
+    runtime.server("linear").prepare(torch.randn(64, 32), torch.randn(64))(torch.randn(300, 32))
+    assert runtime.counters.snapshot() == {"linear": {"refused": 1}} and runtime.misses.snapshot() == []
 
 
 def test_a_size_inside_the_bins_is_measured_at_its_edge_and_one_beyond_as_it_came() -> None:
@@ -207,7 +211,7 @@ def test_the_largest_config_is_within_what_a_config_may_hold(tmp_path: Path) -> 
 def test_nothing_is_written_where_nothing_was_missed(tmp_path: Path) -> None:
     runtime = Runtime("t", TABLE)
     assert runtime.export_misses(tmp_path / "misses.yaml") == 0 and list(tmp_path.iterdir()) == []
-    runtime.misses.note(NEW, (5,), 64, "unknown_shape")
+    runtime.misses.of(NEW)((5,), 64, "unknown_shape")
     assert runtime.export_misses(str(tmp_path / "misses.yaml")) == 1
     with pytest.raises(OSError, match="absent"):
         runtime.export_misses(tmp_path / "absent" / "misses.yaml")
@@ -216,9 +220,3 @@ def test_nothing_is_written_where_nothing_was_missed(tmp_path: Path) -> None:
 def test_reasons_of_one_shape_add_up() -> None:
     found = [Miss(PROBLEM, (100,), 64, "nearest", 5), Miss(PROBLEM, (100,), 64, "out_of_range", 2)]
     assert plan(found, TABLE).shapes == {PROBLEM: {((100,), 64): Counter(nearest=5, out_of_range=2)}}
-
-
-def test_serving_needs_no_yaml_for_it() -> None:
-    code = "import sys, dks.dispatch.misses; print('yaml' in sys.modules, 'prometheus_client' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]

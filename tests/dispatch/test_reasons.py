@@ -37,7 +37,7 @@ def outcomes(tree: ast.AST) -> Iterator[str]:
                 yield from texts(last)
             case ast.Call(func=ast.Attribute(attr="count"), args=[last]):
                 yield from texts(last)
-            case ast.Call(func=ast.Attribute(attr="note"), args=[_, _, _, last]):
+            case ast.Call(func=ast.Attribute(attr="_note"), args=[_, _, last]):
                 yield from texts(last)
             case ast.Assign(targets=[ast.Name(id="reason")]):
                 yield from texts(node.value)
