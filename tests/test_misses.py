@@ -19,7 +19,7 @@ from tests.codegen.test_package import here
 from tests.commands import run
 
 TRAITS = {"dtype": "float32", "mask": "none", "causal": "no", "layout": "bshd"}
-QUICK = "held_out: false, split: null, min_rounds: 6, max_rounds: 6, seconds: 0.05, processes: 2, max_processes: 2"
+QUICK = "held_out: false, split: null, min_rounds: 6, max_rounds: 6, seconds: 0.05, processes: 1, max_processes: 1"
 CALLS = (((2, 16, 16, 2), 5), ((2, 40, 40, 2), 3), ((2, 30, 16, 2), 4), ((1, 8, 8, 4), 7))
 """(b, q, kv, h), and how often: measured, past the last edge, nearest to it, and heads that the table lacks."""
 
