@@ -6,9 +6,7 @@ median without regard to ties or to the framework's default.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -16,14 +14,12 @@ from pathlib import Path
 
 import torch
 
-from dks.codegen.compile import compile_extension
-from dks.codegen.cpp import render_header
-from dks.codegen.package import LOOKUP
 from dks.dispatch import pool
 from dks.dispatch.bins import Bins
 from dks.dispatch.evidence import Measurement, read_run
+from dks.dispatch.generation import Generation
 from dks.dispatch.problem import Candidate, Problem
-from dks.dispatch.runtime import Find, Runtime
+from dks.dispatch.runtime import Runtime
 from dks.dispatch.served import DTYPE_NAMES
 from dks.dispatch.table import Group, Rule, Table
 from dks.profiler.config import OperatorSweep, Sweep, WeightedProblem, load
@@ -67,23 +63,7 @@ def oracle_runtime(
     wanted = {weighted.problem.id for part in sweep.operators for weighted in part.problems}
     rows = [row for row in read_run(folder) if row.problem in wanted]
     table = oracle_table(rows, max_error)
-    return Runtime(f"oracle_{name}", table, find=_compiled(table, folder))
-
-
-def _compiled(table: Table, folder: Path) -> Find | None:
-    """The compiled lookup, as the generated packages have it: the oracle pays no more for a choice."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix="_lookup-") as temporary:
-        header = render_header("oracle", table, LOOKUP.read_text(encoding="utf-8"))
-        (Path(temporary) / "table.hpp").write_text(header, encoding="utf-8")
-        built = compile_extension(Path(temporary), "oracle")
-        if built.path is None:
-            return None
-        spec = importlib.util.spec_from_file_location("_lookup", built.path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    find: Find = module.find
-    return find
+    return Runtime(f"oracle_{name}", Generation(table))
 
 
 def at_shapes(

@@ -22,7 +22,8 @@ from dks.dispatch import command_line, pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import read_run
-from dks.dispatch.loader import MANIFEST, damaged, dead_kernels, import_package, misfits, read_manifest
+from dks.dispatch.loader import import_package
+from dks.dispatch.manifest import MANIFEST, dead_kernels, intact, misfits
 
 _ARGUMENT = re.compile(r"([a-z_]+)=([a-z0-9_]+)\Z")
 
@@ -98,6 +99,8 @@ def build(
         f"lookup: {built.lookup}" if built.lookup == "compiled" else f"lookup: Python form only: {built.lookup}"
     )
     click.echo(f"kernels: {built.kernels}")
+    if built.caution:
+        click.echo(f"it won't be loaded from there: {built.caution}", err=True)
     for dtype, us in lut.expected_us.items():
         click.echo(
             f"expected time of a model call, weighted by traffic, with {dtype} activations: {us / 1e3:.3f} ms"
@@ -186,8 +189,7 @@ def check(out: Path) -> int:
     """
     bad = 0
     for folder in _packages(out):
-        manifest = read_manifest(folder)
-        problems = [f"damaged: {line}" for line in damaged(folder, manifest)]
+        manifest, problems = intact(folder)
         problems += [f"environment: {line}" for line in misfits(manifest)]
         problems += [f"kernel {id}: {why}" for id, why in dead_kernels(manifest).items()]
         for line in problems:

@@ -10,9 +10,11 @@ from textwrap import wrap
 
 from dks.codegen.templating import environment
 from dks.dispatch.problem import check_name
-from dks.dispatch.table import Group, Table
+from dks.dispatch.table import NEAREST_REACH, Group, Table
 
 WIDTH = 100  # columns of a line of numbers
+
+_LARGEST = 2**63 - 1  # follows the last edge: see Edges in lookup.hpp
 
 _NAMESPACE = re.compile(r"[A-Za-z][A-Za-z0-9_]*\Z")
 
@@ -37,10 +39,12 @@ _BESIDE = frozenset({"Choice", "Group", "choose", "group", "groups", "rules", "t
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """One dynamic dim: how many edges, and their text."""
+    """One dynamic dim: how many edges, their text, and where each octave of sizes begins (see ``lookup.hpp``)."""
 
     count: int
     lines: list[str]
+    first: list[str]
+    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +115,21 @@ def _view(group: Group, identifier: str) -> _Group:
         traits=traits,
         statics=_lines([size for _, size in group.statics], len(group.statics)),
         static_count=len(group.statics),
-        axes=[_Axis(len(edges), _lines(edges, len(edges))) for edges in group.edges],
+        axes=[_axis(edges) for edges in group.edges],
         classes=[_Class(align, _lines(cells, columns)) for align, cells in group.cells.items()],
     )
+
+
+def _axis(edges: Sequence[int]) -> _Axis:
+    def octave(size: int) -> int:
+        return (size - 1).bit_length()
+
+    octaves = range(octave(NEAREST_REACH * edges[-1]) + 1)
+    inside = [sum(octave(edge) == this for edge in edges) for this in octaves]
+    before = [sum(inside[:this]) for this in octaves]
+    most = max(inside)
+    padded = [*edges, *[_LARGEST] * most]
+    return _Axis(len(edges), _lines(padded, len(padded)), _lines(before, len(before)), most)
 
 
 def _lines(numbers: Sequence[int], columns: int) -> list[str]:

@@ -9,7 +9,7 @@ from dks.codegen.lut import Lut
 from dks.codegen.templating import environment as templates
 from dks.dispatch import pool
 from dks.dispatch.errors import BadInput
-from dks.dispatch.loader import KERNELS
+from dks.dispatch.manifest import KERNELS
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build
 from dks.dispatch.tiles.library import Missing

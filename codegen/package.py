@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import keyword
+import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from dks.codegen.certificate import check_regret
-from dks.codegen.compile import compile_extension
 from dks.codegen.cpp import check_namespace, render_header
 from dks.codegen.kernels import chosen_units, describe, ship
 from dks.codegen.lut import Lut
 from dks.codegen.templating import environment as templates
-from dks.dispatch import pool
+from dks.dispatch import compiler, pool, trust
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement
-from dks.dispatch.loader import MANIFEST, MANIFEST_VERSION, file_digest
+from dks.dispatch.manifest import MANIFEST, MANIFEST_VERSION, damaged, file_digest, read_manifest, seal
+from dks.dispatch.native.build import compile_into
+from dks.dispatch.plain import parse_json
 from dks.dispatch.problem import Candidate
 
 ORIGIN = "dks-codegen"
@@ -38,12 +42,14 @@ class Built:
         changed: whether it differs from what was there.
         lookup: ``compiled``, or why the Python form serves.
         kernels: which generated kernels are in it, in words.
+        caution: why it won't be loaded from where it lies, or empty.
     """
 
     folder: Path
     changed: bool
     lookup: str
     kernels: str
+    caution: str = ""
 
 
 def check_package_name(name: str) -> str:
@@ -88,10 +94,9 @@ def _is_ours(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parse_json((folder / MANIFEST).read_bytes(), MANIFEST).get("origin") == ORIGIN
+    except (OSError, BadInput):
         return False
-    return isinstance(data, dict) and data.get("origin") == ORIGIN
 
 
 def render(lut: Lut, name: str) -> dict[str, str]:
@@ -134,7 +139,7 @@ def build(lut: Lut, rows: Iterable[Measurement], out: Path, name: str) -> Built:
     check_destination(out, name)
     check_regret(lut.certificate, lut.policy.max_regret)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        trust.make_folder(out)
         work = Path(tempfile.mkdtemp(dir=out, prefix=f".{name}-"))
     except OSError as error:
         raise BadInput(f"{out}: can't be written ({error.strerror}); choose another -o OUT_DIR") from None
@@ -150,7 +155,7 @@ def build(lut: Lut, rows: Iterable[Measurement], out: Path, name: str) -> Built:
         raise BadInput(f"{out}: can't be written ({error.strerror}); what was there before is intact") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return Built(out / name, changed, lookup, kernels)
+    return Built(out / name, changed, lookup, kernels, trust.distrust(out / name))
 
 
 def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> str:
@@ -158,8 +163,7 @@ def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> st
     for file, text in files.items():
         (package / file).write_text(text, encoding="utf-8", newline="\n")
     generation = hashlib.sha256((files["_table.py"] + files["table.hpp"]).encode()).hexdigest()[:16]
-    compiled = compile_extension(package, generation)
-    lookup = "compiled" if compiled.path is not None else compiled.reason
+    lookup = compile_into(package) or "compiled"
     digests = {Candidate.parse(row.candidate).kernel: row.kernel_digest for row in rows}
     chosen = sorted({Candidate.parse(id).kernel for id in lut.candidates()})
     manifest = {
@@ -170,12 +174,30 @@ def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> st
         "environment": lut.environment.to_dict(),
         "policy": dataclasses.asdict(lut.policy),
         "lookup": lookup,
+        "tools": _tools(),
         **lut.certificate.to_json(),
         "kernels": {kernel: digests[kernel] for kernel in chosen},
         "files": {path.name: file_digest(path) for path in sorted(package.iterdir()) if path.is_file()},
     }
-    (package / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (package / MANIFEST).write_text(seal(manifest), encoding="utf-8")
+    for path in (package, *package.iterdir()):
+        trust.tighten(path)  # or loading it would be refused, where the umask lets others write
     return lookup
+
+
+def _tools() -> dict[str, str]:
+    """Versions of what builds a package, by name. What matters at load is in the environment."""
+    try:
+        version = metadata.version("dks")
+    except metadata.PackageNotFoundError:  # run from its sources
+        version = "from source"
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "jinja2": metadata.version("jinja2"),
+        "compiler": compiler.version(),
+        "dks": version,
+    }
 
 
 def _put_in_place(new: Path, target: Path) -> bool:
@@ -197,5 +219,4 @@ def _put_in_place(new: Path, target: Path) -> bool:
 
 
 def _tampered(folder: Path) -> bool:
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return any(not (folder / f).is_file() or file_digest(folder / f) != d for f, d in files.items())
+    return bool(damaged(folder, read_manifest(folder)) or trust.strangers(folder))

@@ -106,7 +106,7 @@ def load_policy(
         )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: {error}; expected a YAML mapping of policy fields") from None
     names = {field.name for field in dataclasses.fields(Policy)}
     if not isinstance(data, dict) or not set(data) <= names:

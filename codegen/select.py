@@ -103,6 +103,8 @@ def _by_problem(rows: Iterable[Measurement]) -> dict[Problem, list[Measurement]]
                 f"{row.problem}: found {row.op} by {row.candidate}, expected an operator and kernel of this "
                 "version; measure again"
             )
+        if why := _unknown(row):
+            raise BadInput(f"{row.problem}: found {why}, expected what this version declares; measure again")
         if (row.problem, row.candidate) in seen:
             raise BadInput(
                 f"{row.problem}: found two measurements of {row.candidate}, expected one; give each problem's "
@@ -118,6 +120,25 @@ def _by_problem(rows: Iterable[Measurement]) -> dict[Problem, list[Measurement]]
     if not by_problem:
         raise BadInput("measurements: found none, expected at least one problem")
     return dict(by_problem)
+
+
+def _unknown(row: Measurement) -> str:
+    """What of a row its operator or kernel does not declare, in words; empty where there is nothing."""
+    problem, candidate = Problem.parse(row.problem), Candidate.parse(row.candidate)
+    operator, kernel = pool.operator(row.op), pool.kernels()[candidate.kernel]
+    traits = dict(problem.traits)
+    if set(traits) != set(operator.traits):
+        return f"traits {', '.join(traits) or 'none'}"
+    for name, value in traits.items():
+        if value not in operator.traits[name]:
+            return f"{name}={value}"
+    if tuple(name for name, _ in problem.dims) != operator.dims:
+        return f"dims {', '.join(name for name, _ in problem.dims) or 'none'}"
+    if kernel.op != row.op:
+        return f"{row.candidate}, which computes {kernel.op}"
+    names = tuple(name for name, _ in candidate.params)
+    declared = {tuple(name for name, _ in params) for params in kernel.params}
+    return "" if names in declared else f"parameters of {row.candidate}"
 
 
 def _one_environment(by_problem: dict[Problem, list[Measurement]]) -> Environment:

@@ -13,7 +13,7 @@ def environment() -> jinja2.Environment:
     """Templates of ``codegen/templates``: a name that is not given is an error, and nothing is escaped.
 
     Filters:
-        cstring: see ``cstring``.
+        cstring, docstring, comment: see the functions of those names.
     """
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8"),
@@ -24,6 +24,8 @@ def environment() -> jinja2.Environment:
         autoescape=False,  # the output is source code; what is not ours goes through a filter of its own
     )
     made.filters["cstring"] = cstring
+    made.filters["docstring"] = docstring
+    made.filters["comment"] = comment
     return made
 
 
@@ -34,6 +36,16 @@ def cstring(text: str) -> str:
     a reader sees. A lone surrogate keeps its three bytes.
     """
     return '"' + "".join(_escaped(byte) for byte in text.encode("utf-8", "surrogatepass")) + '"'
+
+
+def docstring(text: str) -> str:
+    """``text`` inside a Python literal in triple double quotes: printable ASCII, which can't end it."""
+    return ascii(text)[1:-1].replace("\\'", "'").replace('"', '\\"')
+
+
+def comment(text: str) -> str:
+    """``text`` inside a C comment of either kind: printable ASCII, which can't end it or continue its line."""
+    return ascii(text)[1:-1].replace("\\", "/").replace("*/", "* /").replace("?", ".")
 
 
 def _escaped(byte: int) -> str:

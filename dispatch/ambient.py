@@ -31,6 +31,11 @@ def transform_objection() -> str | None:
     return "gradient" if forward_ad._current_level >= 0 else None
 
 
+def is_differentiating() -> bool:
+    """Whether a functorch transform or forward-mode gradients are at work in this thread."""
+    return _functorch_level() is not None or forward_ad._current_level >= 0
+
+
 def _only_default_devices() -> bool:
     # ``torch.set_default_device`` is a mode as well, for a process's life; it changes factories alone.
     modes = (torch._C._get_function_stack_at(i) for i in range(_function_modes()))

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -38,6 +39,18 @@ def run_compiler(command: Sequence[str], folder: Path) -> tuple[int, str]:
         return _run(command, folder)
     except OSError as error:  # no program after all, such as a script without its first line
         return 126, f"{error.strerror}: {command[0]}"
+
+
+def version() -> str:
+    """The first line that the compiler says of its version, or ``none``; without a path."""
+    command, reason = find_compiler()
+    return "none" if reason else _version(tuple(command))
+
+
+@lru_cache
+def _version(command: tuple[str, ...]) -> str:
+    code, output = run_compiler([*command, "--version"], Path("/"))
+    return output.partition("\n")[0].strip() if code == 0 else "unknown"
 
 
 def _run(command: Sequence[str], folder: Path) -> tuple[int, str]:

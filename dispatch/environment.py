@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 UNKNOWN = "unknown"
+MAX_TEXT = 1000  # characters of a field; ours take some forty
 
 # Instruction sets that decide which CPU kernels exist; the rest of /proc/cpuinfo's flags does not matter.
 _ISA = (
@@ -68,7 +69,7 @@ class Environment:
         """The inverse of ``to_dict``.
 
         Raises:
-            ValueError: a field is missing, unknown or not text.
+            ValueError: a field is missing, unknown, or not text of one line that shows as it is.
         """
         names = {f.name for f in fields(cls)}
         if set(data) != names:
@@ -77,6 +78,9 @@ class Environment:
         for name, value in data.items():
             if not isinstance(value, str):
                 raise ValueError(f"environment {name}: found {value!r}, expected text")
+            # It is shown on terminals and in generated code, where a control character could hide what is there.
+            if not value.isprintable() or len(value) > MAX_TEXT:
+                raise ValueError(f"environment {name}: found {value[:40]!a}, expected printable text")
         return cls(**data)
 
     def to_dict(self) -> dict[str, str]:

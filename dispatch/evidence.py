@@ -8,24 +8,31 @@ names begin with ``_`` are not part of it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.intervals import Interval, block_ratio
-from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.plain import in_words, parse_json
+from dks.dispatch.problem import Candidate, Precision, Problem
 
 SCHEMA_VERSION = 2
 MAX_FILE_BYTES = 64 * 2**20  # a problem's rows take kilobytes; anything near this is not ours
+MAX_FOOTER_BYTES = 2**20  # so many columns, at some 100 bytes each, are refused before they are parsed
+MAX_ROWS = 100_000  # candidates of one problem
+MAX_VALUES = 20_000_000  # of all columns, those inside lists counted one by one
+MAX_TEXT_BYTES = 256 * 2**20  # of all texts, as they are once each row has its own
 
 STATUSES = (
     "ok",
@@ -166,6 +173,9 @@ SCHEMA = pa.schema(
     [pa.field(f.name, _arrow_type(str(f.type)), nullable="None" in str(f.type)) for f in fields(Measurement)]
 )
 _VERSION_KEY = b"dks.schema"
+_VERSION = re.compile(rb"dks\.schema\x18.([0-9]+)")  # as the footer has it: Thrift's compact protocol
+_METADATA = frozenset({_VERSION_KEY, b"ARROW:schema"})
+_TEXTS = [f.name for f in fields(Measurement) if f.type == "str"]
 _DIGEST_BYTES = 32
 
 
@@ -179,11 +189,11 @@ def write_rows(path: Path, rows: Sequence[Measurement]) -> None:
     table = pa.table(columns, schema=SCHEMA.with_metadata({_VERSION_KEY: str(SCHEMA_VERSION).encode()}))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    pages, footer = _parts(sink.getvalue().to_pybytes())
+    data = bind(sink.getvalue().to_pybytes())
     handle, name = tempfile.mkstemp(dir=path.parent, prefix="_partial-")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(pages + _digest(pages, footer) + footer)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
@@ -191,6 +201,12 @@ def write_rows(path: Path, rows: Sequence[Measurement]) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def bind(parquet: bytes) -> bytes:
+    """A Parquet file with a digest of all of its bytes, where no reader looks; ``read_rows`` takes no other."""
+    pages, footer = _parts(parquet)
+    return pages + _digest(pages, footer) + footer
 
 
 def _parts(data: bytes) -> tuple[bytes, bytes]:
@@ -228,29 +244,24 @@ def read_rows(path: Path) -> list[Measurement]:
     """All rows of one file, checked field by field.
 
     Raises:
-        BadInput: not Parquet, truncated, of another schema version, or with values no sweep can write.
+        BadInput: not Parquet, truncated, of another schema version, larger than a sweep can make it, or with
+            values no sweep can write.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise BadInput(f"{path}: found {path.stat().st_size} bytes, expected at most {MAX_FILE_BYTES}")
-        # The schema comes first: an unknown file is refused before its data is read.
-        schema = pq.read_schema(path)
-        _check_schema(path, schema)
-        data = path.read_bytes()
-        pages, footer = _parts(data)
-        if pages[-_DIGEST_BYTES:] != _digest(pages[:-_DIGEST_BYTES], footer):
-            raise BadInput(
-                f"{path}: found bytes that differ from their digest, expected them as they were written; delete "
-                "the file and run dks-profile again, which measures only what is missing"
-            )
-        table = pq.read_table(pa.BufferReader(data))
+        data = _read(path)
+        # The digest comes first: Arrow sees no file that a stray bit has been through.
+        _check_digest(path, data)
+        metadata = pq.read_metadata(pa.BufferReader(data))
+        _check_size(path, metadata)
+        _check_schema(path, metadata.metadata or {}, metadata.schema.to_arrow_schema())
+        table = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=_TEXTS).read()
         table.validate(full=True)
+        _check_texts(path, table)
     except BadInput:
         raise
     except Exception as error:  # a damaged file makes the reader raise whatever it meets
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(
-            f"{path}: found a file that does not read as Parquet ({first}), expected one that dks-profile "
+            f"{path}: found a file that does not read as Parquet ({in_words(error)}), expected one that dks-profile "
             "wrote; delete it and run dks-profile again, which measures only what is missing"
         ) from None
     rows = []
@@ -258,10 +269,63 @@ def read_rows(path: Path) -> list[Measurement]:
         try:
             row = Measurement(**record)
             _check_row(row)
-        except (ValueError, TypeError, KeyError) as error:
+        except (BadInput, ValueError, TypeError, KeyError) as error:
             raise BadInput(f"{path}: row {index}: {error}; delete the file and measure again") from None
         rows.append(row)
     return rows
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise BadInput(f"{path}: found more than {MAX_FILE_BYTES} bytes, expected at most {MAX_FILE_BYTES}")
+    return data
+
+
+def _check_digest(path: Path, data: bytes) -> None:
+    """That a file is whole; where it is not, why: another version's file is no damaged one."""
+    pages, footer = _parts(data)
+    if len(footer) > MAX_FOOTER_BYTES:
+        raise BadInput(f"{path}: found a footer of {len(footer)} bytes, expected at most {MAX_FOOTER_BYTES}")
+    if not (data[:4] == data[-4:] == b"PAR1" and 12 <= len(footer) < len(data)):
+        raise ValueError("no Parquet footer")
+    if pages[-_DIGEST_BYTES:] == _digest(pages[:-_DIGEST_BYTES], footer):
+        return
+    if _VERSION_KEY not in footer:
+        raise BadInput(f"{path}: found Parquet without a dks schema version, expected measurements")
+    version = _VERSION.search(footer)
+    if version and version[1] != str(SCHEMA_VERSION).encode():
+        raise _other_version(path, version[1])
+    raise BadInput(
+        f"{path}: found bytes that differ from their digest, expected them as they were written; delete "
+        "the file and run dks-profile again, which measures only what is missing"
+    )
+
+
+def _check_size(path: Path, metadata: pq.FileMetaData) -> None:
+    """By what the footer says, before anything is allocated for it."""
+    groups = [metadata.row_group(index) for index in range(min(metadata.num_row_groups, MAX_ROWS))]
+    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
+    for found, most, what in (
+        (metadata.num_columns, len(SCHEMA), "columns"),
+        (max(metadata.num_rows, sum(group.num_rows for group in groups)), MAX_ROWS, "rows"),
+        (sum(column.num_values for column in columns), MAX_VALUES, "values"),
+        (sum(column.total_uncompressed_size for column in columns), MAX_TEXT_BYTES, "bytes"),
+    ):
+        if not 0 <= found <= most:
+            raise BadInput(f"{path}: found {found} {what}, expected at most {most}")
+
+
+def _check_texts(path: Path, table: pa.Table) -> None:
+    """That texts are no larger than files: one that is stored once may stand in every row."""
+    size = 0
+    for name in _TEXTS:
+        for chunk in table.column(name).chunks:
+            lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
+            size += pc.sum(lengths.cast(pa.int64())).as_py() or 0
+    if size > MAX_TEXT_BYTES:
+        raise BadInput(f"{path}: found {size} bytes of text, expected at most {MAX_TEXT_BYTES}")
 
 
 def read_run(folder: Path) -> list[Measurement]:
@@ -302,18 +366,25 @@ def _refuse_unfinished(folder: Path) -> None:
         )
 
 
-def _check_schema(path: Path, schema: pa.Schema) -> None:
-    version = (schema.metadata or {}).get(_VERSION_KEY)
+def _other_version(path: Path, version: bytes) -> BadInput:
+    return BadInput(
+        f"{path}: found schema version {ascii(version[:20])[2:-1]}, expected {SCHEMA_VERSION}; "
+        "measure again with this version of dks-profile, or use the version that wrote it"
+    )
+
+
+def _check_schema(path: Path, metadata: Mapping[bytes, bytes], schema: pa.Schema) -> None:
+    """That a file has our columns and nothing beside them: no extension types, nobody's metadata."""
+    version = metadata.get(_VERSION_KEY)
     if version is None:
         raise BadInput(f"{path}: found Parquet without a dks schema version, expected measurements")
-    if version.decode(errors="replace") != str(SCHEMA_VERSION):
-        raise BadInput(
-            f"{path}: found schema version {version.decode(errors='replace')[:20]}, expected {SCHEMA_VERSION}; "
-            "measure again with this version of dks-profile, or use the version that wrote it"
-        )
+    if version != str(SCHEMA_VERSION).encode():
+        raise _other_version(path, version)
+    if odd := sorted(set(metadata) - _METADATA):
+        raise BadInput(f"{path}: found metadata {odd[0][:40]!r}, expected none but dks.schema")
     if not schema.equals(SCHEMA, check_metadata=False):
-        odd = set(map(str, schema)) ^ set(map(str, SCHEMA))
-        raise BadInput(f"{path}: found other columns than expected: {', '.join(sorted(odd)[:6])}")
+        names = set(map(str, schema)) ^ set(map(str, SCHEMA))
+        raise BadInput(f"{path}: found other columns than expected: {ascii(', '.join(sorted(names)[:6]))[1:400]}")
 
 
 def _check_row(row: Measurement) -> None:
@@ -325,9 +396,13 @@ def _check_row(row: Measurement) -> None:
         raise ValueError(f"status: found {row.status!r}, expected one of {', '.join(STATUSES)}")
     if not (math.isfinite(row.weight) and row.weight >= 0):
         raise ValueError(f"weight: found {row.weight}, expected a finite number >= 0")
-    for name, allowed in (("role", ROLES), ("cache", CACHES)):
+    for name, allowed in (("role", ROLES), ("cache", CACHES), ("precision", tuple(p.value for p in Precision))):
         if getattr(row, name) not in allowed:
             raise ValueError(f"{name}: found {getattr(row, name)!r}, expected one of {', '.join(allowed)}")
+    for name in ("median_ns", "median_low_ns", "median_high_ns", "p99_ns", "energy_j", "form_bytes"):
+        value, least = getattr(row, name), 0 if name in ("energy_j", "form_bytes") else 1e-9
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"{name}: found {value}, expected a finite number above zero")
     if any(sample <= 0 for sample in row.samples_ns):
         raise ValueError("samples_ns: found a time of zero or less, expected positive times")
     for name in ("rounds", "processes", "disturbed"):
@@ -337,19 +412,14 @@ def _check_row(row: Measurement) -> None:
         raise ValueError("rounds: found a round twice, expected each once")
     if row.status == "ok" and (row.error is None or not math.isfinite(row.error) or row.error < 0):
         raise ValueError(f"error: found {row.error}, expected a finite number >= 0 where the status is ok")
-    Environment.from_dict(_environment(row.environment))
+    environment_of(row)
 
 
-def _environment(text: str) -> Mapping[str, str]:
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError:
-        raise ValueError("environment: found text that is not JSON") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"environment: found {type(data).__name__}, expected an object")
-    return data
+@lru_cache
+def _environment(text: str) -> Environment:
+    return Environment.from_dict(parse_json(text.encode(), "environment"))
 
 
 def environment_of(row: Measurement) -> Environment:
     """The environment a row was measured in."""
-    return Environment.from_dict(_environment(row.environment))
+    return _environment(row.environment)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dks.dispatch import pool
@@ -31,14 +30,14 @@ class Known:
         refused: why the table does not serve, or None.
         dead: candidates that must not run here, with the reason.
         failures: candidates that failed in this process, with their last error.
-        evidence: the Lut's file, or None.
+        evidence: the Lut's text, or empty.
     """
 
     table: Table
     refused: str | None
     dead: Mapping[str, str]
     failures: Mapping[str, str]
-    evidence: Path | None
+    evidence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +229,11 @@ def _not_chosen(default: str, chosen: object, others: Sequence[Mapping[str, Any]
     return tuple(lines)
 
 
-def _evidence(path: Path | None, rule: int) -> dict[str, Any]:
+def _evidence(text: str, rule: int) -> dict[str, Any]:
     """One rule of the Lut, with what it shares with others written out."""
-    if path is None:
+    if not text:
         return {}
-    lut = json.loads(path.read_text(encoding="utf-8"))
+    lut = json.loads(text)
     found: dict[str, Any] = lut["rules"][rule]
     if "others" in found:
         found["others"] = [lut["others"][index] for index in found["others"]]

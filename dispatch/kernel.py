@@ -92,6 +92,8 @@ class Kernel:
             would be right.
         unavailable: why this machine can't run it, or None.
         rank: simplicity; a tie goes to the lowest. The framework's own kernel is 0.
+        searches: what its library may search, compile or download while it serves, such as an autotuner or a
+            just-in-time compiler; empty where it does nothing of the kind. Strict mode refuses it.
     """
 
     id: str
@@ -108,6 +110,7 @@ class Kernel:
     suits: Callable[[Problem, Params], str | None] = always
     unavailable: Callable[[], str | None] = always
     rank: int = 1
+    searches: str = ""
 
     def candidates(self) -> list[Candidate]:
         """One candidate for each parameter set."""

@@ -28,9 +28,15 @@ struct Rule {
 };
 
 // Upper edges of one dynamic dim: bin i holds edges[i-1] < size <= edges[i].
+//
+// `first` is where to look for a size, by its octave (see below): how many edges lie in the octaves before. No octave
+// holds more than `most` edges, and `most` times the largest number follows the last edge, so that there is something
+// to read at any of those places.
 struct Edges {
   const std::int64_t* data;
   std::int32_t count;
+  const std::uint16_t* first;
+  std::int32_t most;
 };
 
 // One alignment class: a rule's index or -1 for each combination of bins, the last dim running fastest.
@@ -67,15 +73,9 @@ struct Choice {
   Miss miss;  // means something without a hit only
 };
 
-// First edge that is not below size; edges.count where there is none.
-constexpr std::int32_t bin_of(const Edges& edges, std::int64_t size) {
-  std::int32_t low = 0, high = edges.count;
-  while (low < high) {
-    const std::int32_t middle = low + (high - low) / 2;
-    if (edges.data[middle] < size) low = middle + 1;
-    else high = middle;
-  }
-  return low;
+// The octave of a size from 1: 2^(octave - 1) < size <= 2^octave.
+constexpr std::int32_t octave_of(std::int64_t size) {
+  return 63 - __builtin_clzll(2 * static_cast<std::uint64_t>(size) - 1);
 }
 
 constexpr std::int32_t miss(Miss why) { return -1 - static_cast<std::int32_t>(why); }
@@ -90,35 +90,51 @@ constexpr std::int32_t alignment(std::uint64_t addresses_and_strides) {
   return static_cast<std::int32_t>(bits & (~bits + 1));
 }
 
-// sizes holds group.dims numbers: the dynamic dims, in the operator's order.
-constexpr std::int32_t find(const Group& group, const Rule* rules, const std::int64_t* sizes,
-                            std::int32_t align) {
+// find() for tables with many edges in an octave, which are few: halves of them are left out first.
+template <bool many>
+constexpr std::int32_t search(const Group& group, const Rule* rules, const std::int64_t* sizes, std::int32_t align) {
+  // What follows a size branches on none but those that are no hit: sizes that come at random would have every other
+  // branch guessed wrong, which takes longer than all of this.
   std::int64_t cell = 0;
   bool exact = true, nearest = false;
   for (std::int32_t dim = 0; dim < group.dims; ++dim) {
     const Edges& edges = group.edges[dim];
-    const std::int64_t size = sizes[dim];
+    const std::int64_t size = sizes[dim], last = edges.data[edges.count - 1];
     if (size < 1) return miss(Miss::zero_sized);
-    std::int32_t index = bin_of(edges, size);
-    if (index == edges.count) {
-      if (size > nearest_reach * edges.data[edges.count - 1]) return miss(Miss::out_of_range);
-      --index;
-      nearest = true;
+    if (size > nearest_reach * last) return miss(Miss::out_of_range);
+    std::int32_t index = edges.first[octave_of(size)], left = edges.most;
+    if (!many && left > 4) return search<true>(group, rules, sizes, align);
+    while (many && left > 4) {
+      const std::int32_t half = left / 2;
+      index += half & -static_cast<std::int32_t>(edges.data[index + half - 1] < size);
+      left -= half;
     }
-    exact = exact && edges.data[index] == size;
-    cell = cell * edges.count + index;
+    const std::int64_t* near = edges.data + index;
+    bool equal = false;
+    for (std::int32_t i = 0; i < left; ++i) {
+      index += near[i] < size;
+      equal |= near[i] == size;
+    }
+    exact &= equal;
+    nearest |= size > last;
+    cell = cell * edges.count + index - (size > last);
   }
   std::int32_t loosest = -1;
   for (std::int32_t i = 0; i < group.class_count; ++i) {
     const std::int32_t rule = group.classes[i].cells[cell];
     if (rule < 0) continue;
     if (group.classes[i].align <= align)
-      return hit(rule, nearest ? Match::nearest : exact ? Match::exact : Match::bin);
+      return hit(rule, static_cast<Match>(nearest ? 2 : 1 - exact));
     loosest = rule;
   }
   if (loosest < 0) return miss(Miss::unmeasured);
   if (rules[loosest].align <= align) return hit(loosest, Match::nearest);
   return miss(Miss::misaligned);
+}
+
+// sizes holds group.dims numbers: the dynamic dims, in the operator's order.
+constexpr std::int32_t find(const Group& group, const Rule* rules, const std::int64_t* sizes, std::int32_t align) {
+  return search<false>(group, rules, sizes, align);
 }
 
 // Index of the group with exactly this key, -1 where there is none. Looks at every group: ask once a layer,

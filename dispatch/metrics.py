@@ -31,7 +31,7 @@ from dks.dispatch.runtime import Runtime
 STATES: Mapping[str, str] = {
     "failed": "it could not be bound or launched in this process",
     "declined": "it left a call to the framework, whose values it does not compute",
-    "switched_off": "it may not run here: its source changed, or this machine can't run it",
+    "switched_off": "it may not run here (its source changed, or this machine can't run it) or failed too often",
 }
 
 
@@ -120,7 +120,7 @@ def _runtime(package: object) -> Runtime:
 
 
 def _read(families: Mapping[str, Any], name: str, runtime: Runtime) -> None:
-    stats = runtime.stats()
+    stats, now = runtime.stats(), runtime.generation
     calls: Tally[tuple[str, str, str]] = Tally()
     for op, outcomes in stats["ops"].items():
         known = op if op in pool.operators() else OTHER
@@ -130,15 +130,21 @@ def _read(families: Mapping[str, Any], name: str, runtime: Runtime) -> None:
             calls[known, "framework", reason if reason in REASONS else OTHER] += n
     for labels, n in calls.items():
         families["calls"].add_metric((name, *labels), n)
-    families["info"].add_metric((name,), {"generation": runtime.generation, "lookup": stats["lookup"]})
-    families["refused"].add_metric((name,), int(runtime.refused is not None))
-    candidates = {rule.candidate for rule in runtime.table.rules}
-    states = {"failed": stats["failed"], "declined": stats["declined"], "switched_off": runtime.dead}
+    families["info"].add_metric(
+        (name,), {"generation": now.hash, "lookup": "compiled" if stats["lookup"] == "compiled" else "python"}
+    )
+    families["refused"].add_metric((name,), int(now.refused is not None))
+    candidates = {rule.candidate for rule in now.table.rules}
+    states = {
+        "failed": stats["failed"],
+        "declined": stats["declined"],
+        "switched_off": {*now.dead, *stats["switched_off"]},
+    }
     for state, ids in states.items():
         for id, n in Tally(id if id in candidates else OTHER for id in ids).items():
             families["states"].add_metric((name, state, id), n)
-    off = sum(rule.candidate in runtime.dead for rule in runtime.table.rules)
-    families["rules"].add_metric((name, "serving"), len(runtime.table.rules) - off)
+    off = sum(rule.candidate in now.dead for rule in now.table.rules)
+    families["rules"].add_metric((name, "serving"), len(now.table.rules) - off)
     families["rules"].add_metric((name, "switched_off"), off)
     families["shapes"].add_metric((name,), len(runtime.misses.snapshot()))
     families["forgotten"].add_metric((name,), runtime.misses.others)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from dks.dispatch.prepared import PreparedModule, parameter_objection
-from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import Server, tensors_objection
+from dks.dispatch.runtime import Swap
+from dks.dispatch.served import Question, Server, tensors_objection
 from dks.dispatch.swap import bind_again, children, replace, swap_note
+from dks.dispatch.traced import takes
 
 
 class NormServer(Server):
@@ -20,8 +21,8 @@ class NormServer(Server):
     layer: type[nn.Module]  # what ``swap`` replaces
     parameters: tuple[str, ...]  # names of all it holds, the weight first
 
-    def plan(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None) -> Plan:
-        """The table's plan for rows of ``n`` elements."""
+    def question(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None) -> Question:
+        """What to ask a table for, for rows of ``n`` elements."""
         raise NotImplementedError
 
     def prepared(self, norm: nn.Module) -> PreparedModule:
@@ -52,7 +53,7 @@ class NormServer(Server):
             weight = norm._parameters["weight"]
             assert weight is not None  # ``_note`` saw it
             n = weight.shape[0]
-            plan = self.plan("prepared", weight.dtype, n, weight)
+            plan = self.plan(self.question("prepared", weight.dtype, n, weight))
             if plan.find is None:
                 return Swap(where, self.op, False, f"n={n} {weight.dtype} is not in the table")
             if not plan.changes_anything:
@@ -88,3 +89,11 @@ def rows_objection(x: Any, normalized_shape: Sequence[int], *parameters: torch.T
     if shape[0] == 0:
         return "zero_sized"
     return None if all(t.is_contiguous() for t in (x, *given)) else "strides"
+
+
+def rows_traced(x: Any, normalized_shape: Any, *others: torch.Tensor | None) -> bool:
+    """Whether a traced call belongs in the graph as the table's operator: rows, and parameters that fit them."""
+    if not takes(x, *others) or not isinstance(normalized_shape, (tuple, list)) or len(normalized_shape) != 1:
+        return False
+    n = normalized_shape[0]
+    return x.dim() > 0 and x.shape[-1] == n and all(t is None or t.shape == (n,) for t in others)

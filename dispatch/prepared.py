@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules import module as modules
 
-from dks.dispatch import pool
+from dks.dispatch import native, pool, traced
 from dks.dispatch.ambient import (
     grad_enabled,
     is_compiling,
@@ -18,57 +19,55 @@ from dks.dispatch.ambient import (
     transform_objection,
     wants_gradient,
 )
+from dks.dispatch.generation import Generation
 from dks.dispatch.kernel import Launch
 from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, alignment
-from dks.dispatch.runtime import Plan
-from dks.dispatch.served import DTYPE_NAMES, Dispatch, Server, residual_objection
+from dks.dispatch.served import DTYPE_NAMES, Dispatch, Question, Server, residual_objection
 from dks.dispatch.watch import Watch
 
 _M = TypeVar("_M", bound="PreparedModule")
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_ALL_HOOKS = tuple(getattr(modules, f"_global{name}") for name in _HOOKS)
+_CALLS = frozenset({*_HOOKS, "forward", "_compiled_call_impl"})
+"""Attributes of a module that decide what calling it does."""
+
+
+_OWN = frozenset(
+    {"_bindings", "_dtype", "_fast", "_layer", "_row_bits", "_server", "_statics", "_unbound", "_watch"}
+)
+"""Attributes of a prepared layer that neither copy nor travel."""
+
+
+def _as_modules_do(layer: nn.Module, *given: torch.Tensor) -> Any:
+    """The Python form of a call: hooks, then ``forward``. Looked up late, since tracers patch it."""
+    return nn.Module.__call__(layer, *given)
+
 
 class Binding:
-    """The kernels that a layer's parameters are bound to, and when those may serve."""
+    """The kernels of one generation that a layer's parameters are bound to.
 
-    __slots__ = ("_dtype", "changed", "dispatch", "features", "fused", "row_bits")
+    Attributes:
+        dispatch: of calls without a residual, or None.
+        fused: of calls that bring one, or None.
+    """
 
-    def __init__(
-        self,
-        dispatch: Dispatch,
-        fused: Dispatch | None,
-        watch: Watch,
-        dtype: torch.dtype,
-        features: int,
-        row_bytes: int,
-    ) -> None:
+    __slots__ = ("dispatch", "fused")
+
+    def __init__(self, dispatch: Dispatch | None, fused: Dispatch | None) -> None:
         self.dispatch = dispatch
-        self.fused = fused  # for calls that bring a residual as well
-        self.changed = watch.changed
-        self.features = features
-        self.row_bits = row_bytes | MAX_ALIGNMENT
-        self._dtype = dtype
+        self.fused = fused
 
-    def objection(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-    ) -> str | None:
-        """Why the framework must serve these inputs, or None."""
-        reason = objection(x, self._dtype)
-        if reason is not None:
-            return reason
-        if grad_enabled() and wants_gradient(x, weight, bias):
-            return "gradient"
-        shape = x.shape
-        if not shape or shape[-1] != self.features:
-            return "shape"
-        if not x.is_contiguous():
-            return "strides"
-        if weight is None or self.changed(weight, bias):
-            return "weight_changed"
-        return None if residual is None else residual_objection(residual, x, weight.shape[0])
+    @property
+    def dispatches(self) -> list[Dispatch]:
+        """Those there are."""
+        return [dispatch for dispatch in (self.dispatch, self.fused) if dispatch is not None]
+
+    def failed(self, rule: int, error: Exception, layer: PreparedModule, *given: torch.Tensor) -> Any:
+        """What the fast path calls where a kernel raised; see ``Dispatch.failed``."""
+        dispatch = self.dispatch if len(given) == 1 else self.fused
+        assert dispatch is not None
+        return dispatch.failed(rule, error, layer.framework, *given)
 
 
 class PreparedModule(nn.Module):
@@ -78,13 +77,16 @@ class PreparedModule(nn.Module):
     change, ``refresh`` binds them again; moving the module or loading a state dict does that by itself, and
     any other change is noticed at the next call (see ``Watch``) and served by the framework.
 
+    A call goes through the compiled fast path where the process has one; whatever is out of the ordinary goes
+    on to ``forward``, with the hooks that modules have.
+
     Packed weights neither copy nor travel: a deep copy binds its own, and a pickle holds the framework's own
     layer, which ``optimize`` swaps again after loading. So does a script; torch.jit.script leaves that layer
     in the model as well.
     """
 
     features: int  # size of the last dim of what comes in
-    adds_residual = False  # whether each call brings a residual, of the output's shape, that is added to it
+    inputs: tuple[int, ...] = (1,)  # how many tensors a call may bring: x, or x and a residual
 
     def __init__(self, server: Server, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -93,12 +95,12 @@ class PreparedModule(nn.Module):
         self._server = server
         self.refresh()
 
-    def plan(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Plan:
-        """The table's plan for this layer."""
+    def question(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Question | None:
+        """What to ask a table for, for calls without a residual; None where there are none."""
         raise NotImplementedError
 
-    def fused_plan(self, _weight: torch.Tensor) -> Plan | None:
-        """The table's plan for calls that bring a residual as well; None where the operator has none."""
+    def fused_question(self, _weight: torch.Tensor, _bias: torch.Tensor | None) -> Question | None:
+        """The same for calls that bring a residual."""
         return None
 
     def constants(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[object, ...]:
@@ -109,8 +111,22 @@ class PreparedModule(nn.Module):
         """Row strides in and out, or-ed together, in bytes."""
         raise NotImplementedError
 
-    def framework(self, x: torch.Tensor) -> torch.Tensor:
-        """The framework's own operator on this layer; takes a residual as well if the layer adds one."""
+    @property
+    def function(self) -> Callable[..., torch.Tensor] | None:
+        """The framework's own function of (x, weight, bias), if that is all that ``framework`` is."""
+        return None
+
+    @property
+    def setting(self) -> Hashable:
+        """What the layer was made with beside its parameters."""
+        raise NotImplementedError
+
+    def traced(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """This layer's operator for graphs, called; None where the framework's own belongs in the graph."""
+        raise NotImplementedError
+
+    def framework(self, x: torch.Tensor) -> Any:
+        """The framework's own operator on this layer; takes a residual as well where ``inputs`` allows."""
         raise NotImplementedError
 
     def plain(self) -> nn.Module:
@@ -119,26 +135,74 @@ class PreparedModule(nn.Module):
 
     def refresh(self) -> None:
         """Bind the parameters as they are now. Costs a copy a weight form: for start-up, not a request."""
+        runtime = self._server.runtime
+        with runtime.lock:  # no generation is swapped in that this layer would miss
+            weight, bias = self._tensors()
+            self._fast: Callable[..., Any] = _as_modules_do
+            self._bindings: dict[int, Binding] = {}
+            self._layer: Any = None
+            self._watch: Watch | None = None
+            self._unbound = transform_objection() or parameter_objection(weight, bias)
+            if self._unbound is not None or weight is None:
+                return
+            self._watch = Watch(weight, bias)  # before binding: a write that comes between is then noticed
+            self._dtype, self._row_bits = weight.dtype, self.row_bytes() | MAX_ALIGNMENT
+            with torch.inference_mode(False), torch.no_grad():
+                held = (_on_cache_line(weight), None if bias is None else _on_cache_line(bias))
+            self._statics = self.constants(*held)
+            if native.module is not None and runtime.serial is not None:
+                hooks = (*(self.__dict__[name] for name in _HOOKS), *_ALL_HOOKS)
+                self._layer = native.module.Layer(runtime.serial, self._parameters, hooks, _as_modules_do)
+            for generation in runtime.held:
+                self.hold(generation)
+            if self._layer is not None and not self._called_otherwise():
+                self._fast = self._layer.call
+            runtime.layers.add(self)
+        traced.remember(self, weight, bias)
+
+    def hold(self, generation: Generation) -> None:
+        """Bind the parameters to a generation's kernels, whether it serves yet or not."""
         weight, bias = self._tensors()
-        self._binding: Binding | None = None
-        self._unbound = transform_objection() or parameter_objection(weight, bias)
-        if self._unbound is not None or weight is None:
+        if self._watch is None or weight is None:
             return
-        plan, fused_plan = self.plan(weight, bias), self.fused_plan(weight)
-        watch = Watch(weight, bias)  # before binding: a write that comes between is then noticed
+        question, fused = self.question(weight, bias), self.fused_question(weight, bias)
         # What is bound here serves every mode: grad and inference mode, with and without autocast.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            held = _on_cache_line(weight)
-            statics = self.constants(held, None if bias is None else _on_cache_line(bias))
-            dispatch = self._dispatch(plan, statics)
-            fused = None if fused_plan is None else self._dispatch(fused_plan, statics)
-        self._binding = Binding(dispatch, fused, watch, weight.dtype, self.features, self.row_bytes())
+            binding = Binding(
+                None if question is None else self._dispatch(generation, question),
+                None if fused is None else self._dispatch(generation, fused),
+            )
+        self._bindings = {**self._bindings, generation.serial: binding}
+        if self._layer is not None and all(dispatch.native is not None for dispatch in binding.dispatches):
+            self._layer.hold(generation.serial, self._compiled(binding, self._watch, weight.shape[0]))
 
-    def _dispatch(self, plan: Plan, statics: tuple[object, ...]) -> Dispatch:
+    def release(self, generation: Generation) -> None:
+        """Forget what was bound to a generation."""
+        self._bindings = {serial: b for serial, b in self._bindings.items() if serial != generation.serial}
+        if self._layer is not None:
+            self._layer.release(generation.serial)
+
+    def _dispatch(self, generation: Generation, question: Question) -> Dispatch:
+        plan = generation.plan(*question)
+
         def bind(candidate: Candidate) -> Launch:
-            return pool.kernels()[candidate.kernel].bind(plan.problem, candidate.params, *statics)
+            return pool.kernels()[candidate.kernel].bind(plan.problem, candidate.params, *self._statics)
 
-        return Dispatch(self._server.runtime, plan, bind)
+        return Dispatch(self._server.runtime, plan, bind, is_framework=self.function is not None)
+
+    def _compiled(self, binding: Binding, watch: Watch, out: int) -> Any:
+        assert native.module is not None
+        plans = [None if d is None else d.native for d in (binding.dispatch, binding.fused)]
+        return native.module.Binding(
+            *plans,
+            native.CODES[self._dtype],
+            self.features,
+            out,
+            self._row_bits,
+            self.function,
+            binding.failed,
+            watch.told(),
+        )
 
     def _tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         # Missing where a parametrization computes them: the framework then serves.
@@ -150,58 +214,99 @@ class PreparedModule(nn.Module):
         return self._server
 
     @property
+    def binding(self) -> Binding | None:
+        """What is bound to the generation that serves now."""
+        return self._bindings.get(self._server.runtime.generation.serial)
+
+    @property
     def bound(self) -> bool:
         """Whether any table could serve this layer."""
-        return self._binding is not None
+        return self._watch is not None
 
     @property
     def stale(self) -> bool:
         """Whether the parameters are others than those that are bound."""
-        return self._binding is None or self._binding.changed(*self._tensors())
+        return self._watch is None or self._watch.changed(*self._tensors())
 
-    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """input (..., features) -> the layer's output, as the framework would compute it.
+    def __call__(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """See ``forward``."""
+        if is_compiling():
+            return _as_modules_do(self, input) if residual is None else _as_modules_do(self, input, residual)
+        return self._fast(self, input) if residual is None else self._fast(self, input, residual)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _CALLS:  # somebody changes what a call does: no short cut past that
+            self.__dict__["_fast"] = _as_modules_do
+
+    def _called_otherwise(self) -> bool:
+        return "forward" in self.__dict__ or self._compiled_call_impl is not None
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """input (..., features)[, residual] -> the layer's output, as the framework would compute it.
 
         Raises:
             TypeError: a residual for a layer that adds none, or none for one that does.
         """
-        if (residual is None) is self.adds_residual:
-            raise TypeError(self._wrong_arguments())
         given: tuple[torch.Tensor, ...] = (input,) if residual is None else (input, residual)
+        if len(given) not in self.inputs:
+            raise TypeError(self._wrong_arguments())
+        binding = self.binding
         if is_compiling():
-            self._server.runtime.counters.add(self._server.op, "compiling")
-            return self.framework(*given)
-        binding = self._binding
-        if binding is None:
-            reason = self._unbound
+            reason: str | None = "compiling"
+        elif binding is None:
+            reason = self._unbound or "unbound"
         else:
-            parameters = self._parameters
-            reason = binding.objection(input, residual, parameters.get("weight"), parameters.get("bias"))
+            reason = self._objection(input, residual)
             if reason is None:
-                bits = input.data_ptr() | binding.row_bits
+                bits = input.data_ptr() | self._row_bits
                 if residual is not None:
                     bits |= residual.data_ptr()
-                rows = input.numel() // binding.features
-                return binding.dispatch.serve(self.framework, bits & -bits, (rows,), *given)
-        self._server.count(str(reason))
+                rows = (input.numel() // self.features,)
+                dispatch = binding.dispatch if residual is None else binding.fused
+                assert dispatch is not None
+                return dispatch.serve(self.framework, bits & -bits, rows, *given)
+        if binding is not None and traced.wanted(str(reason)):
+            y = self.traced(*given)
+            if y is not None:
+                return y
+        self._server.runtime.counters.add(self._server.op, str(reason))
         return self.framework(*given)
 
+    def _objection(self, x: torch.Tensor, residual: torch.Tensor | None) -> str | None:
+        """Why the framework must serve these inputs, or None."""
+        weight, bias = self._tensors()
+        reason = objection(x, self._dtype)
+        if reason is not None:
+            return reason
+        if grad_enabled() and wants_gradient(x, weight, bias):
+            return "gradient"
+        shape = x.shape
+        if not shape or shape[-1] != self.features:
+            return "shape"
+        if not x.is_contiguous():
+            return "strides"
+        if weight is None or self._watch is None or self._watch.changed(weight, bias):
+            return "weight_changed"
+        return None if residual is None else residual_objection(residual, x, weight.shape[0])
+
     def _wrong_arguments(self) -> str:
-        if self.adds_residual:
+        if self.inputs == (2,):
             return f"{self._server.op}: found no residual, expected layer(x, residual): it was prepared to add one"
         return f"{self._server.op}: found a residual, expected layer(x): it was not prepared to add one"
 
     @property
     def gains(self) -> bool:
         """Whether a kernel other than the framework's own is bound."""
-        default = pool.operator(self._server.op).default
-        return self._binding is not None and any(id != default for id in self._binding.dispatch.kernels)
+        default, binding = pool.operator(self._server.op).default, self.binding
+        return binding is not None and any(id != default for d in binding.dispatches for id in d.kernels)
 
     def describe(self) -> str:
         """What is bound, in a line."""
-        if self._binding is None:
+        binding = self.binding
+        if binding is None:
             return f"the framework's own kernel ({self._unbound})"
-        dispatch = self._binding.dispatch
+        dispatch = binding.dispatches[0]
         packed = dispatch.plan.form_bytes() / 2**20
         return f"{self.extra_repr()}: {', '.join(sorted(dispatch.kernels))} ({packed:.1f} MiB packed)"
 
@@ -221,7 +326,7 @@ class PreparedModule(nn.Module):
     def __deepcopy__(self: _M, memo: dict[int, Any]) -> _M:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        own = {k: v for k, v in self.__dict__.items() if k not in ("_binding", "_server")}
+        own = {k: v for k, v in self.__dict__.items() if k not in _OWN}
         new.__dict__.update(copy.deepcopy(own, memo))
         new._server = self._server
         new.refresh()
@@ -235,7 +340,7 @@ class PreparedModule(nn.Module):
         return self.plain()
 
     def _attributes(self) -> dict[str, Any]:
-        own = ("_binding", "_server", "_unbound", "adds_residual", "features")
+        own = {*_OWN, "features", "inputs"}
         kept = {k: v for k, v in self.__dict__.items() if k not in own}
         return {k: v.copy() if isinstance(v, dict) else v for k, v in kept.items()}
 

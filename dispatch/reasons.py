@@ -24,7 +24,7 @@ REASONS: Mapping[str, str] = {
     "refused": "the whole table is refused: it is damaged, or was measured elsewhere",
     # The chosen kernel did not serve.
     "declined": "the chosen kernel does not compute these values; it serves the next call again",
-    "kernel_failed": "the chosen kernel could not be bound or launched, and is switched off since",
+    "kernel_failed": "the chosen kernel could not be bound or launched; after a few times it is switched off",
     "kernel_changed": "the chosen kernel may not run here: its source changed, or this machine can't run it",
     # The call was never the table's to serve.
     "gradient": "autograd would record this call",
@@ -41,6 +41,7 @@ REASONS: Mapping[str, str] = {
     "mask": "an attention mask of a kind that no kernel takes",
     "dropout": "attention with dropout",
     "special": "attention that a model asks for with a cache, a position bias, a cap or uneven heads",
+    "unbound": "a prepared layer that is not bound to the generation that serves",
     "weight_changed": "a prepared layer's weight or bias is another one than was bound",
 }
 

@@ -1,60 +1,38 @@
-"""The runtime of a generated package: plans a call against the table, and serves what it finds.
+"""The runtime of a generated package: what its functions are made of, and which generation of its table serves.
 
-The way of a call: eligibility (``ambient``) -> bin and alignment class (``table`` or its compiled form) ->
-one rule -> the bound kernel. Whatever has no rule goes to the framework's own operator and is counted with
-its reason. Nothing here searches, compiles or times.
+The way of a call: eligibility (``ambient``) -> bin and alignment class (``table``) -> one rule -> the bound
+kernel; compiled (``native``), and in Python (``served``, ``prepared``) where a call is out of the ordinary.
+Whatever has no rule goes to the framework's own operator and is counted with its reason. Nothing here searches,
+compiles or times.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
-from dks.dispatch import misses, pool
+from dks.dispatch import misses, native, pool, ranks, traced
 from dks.dispatch.choice import Choice
 from dks.dispatch.explain import Known, explain
-from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, Problem
+from dks.dispatch.generation import Generation
+from dks.dispatch.problem import MAX_ALIGNMENT, Candidate
 from dks.dispatch.stats import Counters
-from dks.dispatch.table import Match, Miss, Table
+from dks.dispatch.table import Match, Miss
 
-Find = Callable[..., int]
+if TYPE_CHECKING:
+    from dks.dispatch.prepared import PreparedModule
 
 MATCH_NAMES = tuple(match.name.lower() for match in Match)
 MISS_NAMES = tuple(miss.name.lower() for miss in Miss)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One group of the table, ready to be asked.
-
-    Attributes:
-        problem: traits and static dims; its dynamic dims are placeholders of 1.
-        find: (alignment in bytes, *dynamic sizes) -> the lookup's number; None where there is no group.
-        candidates: by rule index, of the group's rules that may run here.
-        blocked: why there is no group, or None.
-    """
-
-    problem: Problem
-    find: Find | None = None
-    candidates: Mapping[int, Candidate] = field(default_factory=dict)
-    blocked: str | None = None
-
-    def form_bytes(self) -> int:
-        """Bytes that binding the candidates adds to what the caller already holds."""
-        kernels = pool.kernels()
-        return sum(kernels[c.kernel].form_bytes(self.problem) for c in set(self.candidates.values()))
-
-    @property
-    def changes_anything(self) -> bool:
-        """Whether some bin chose another kernel than the framework's own."""
-        default = pool.operator(self.problem.op).default
-        return any(candidate.kernel != default for candidate in self.candidates.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,77 +67,121 @@ class Report:
         return "\n".join(lines)
 
 
+FAILURES = 3
+"""Launches of a kernel that may fail before it is switched off, for a layer or a kind of functional calls."""
+
+Open = Callable[[Path], Generation]
+
+
 class Runtime:
-    """Serves one table. A generated package makes one and hands out its methods.
+    """Serves one generation of a table at a time. A generated package makes one and hands out its methods.
 
     Args:
         name: the package's name, for messages.
-        table: rules and groups.
-        refused: why the table must not serve on this machine, or None. The default then serves all.
-        dead: candidates that must not run here, with the reason (source changed, not available).
-        find: compiled form of ``table.find``, or None for the Python form.
-        evidence: the Lut's file, read only by ``explain``.
-        generation: digest of the table's text; empty where it has none.
+        generation: what serves from the start.
+        open: loads a package's folder for ``reload``; raises BadInput where it must not serve here.
+
+    Attributes:
+        generation: what serves now. A call takes hold of it once.
+        serial: the same for the compiled fast path, by number; None without one.
+        layers: the prepared layers that are alive.
     """
 
-    def __init__(
-        self,
-        name: str,
-        table: Table,
-        *,
-        refused: str | None = None,
-        dead: Mapping[str, str] | None = None,
-        find: Find | None = None,
-        evidence: Path | None = None,
-        generation: str = "",
-    ) -> None:
+    def __init__(self, name: str, generation: Generation, open: Open | None = None) -> None:
         self.name = name
-        self.table = table
-        self.refused = refused
         self.generation = generation
         self.counters = Counters()
         self.misses = misses.Misses()
         self.failures: dict[str, str] = {}
         self.declined: dict[str, str] = {}
-        self.compiled = find is not None
-        self.dead = dict(dead or {})
-        self._find = find or table.find
-        self._evidence = evidence
-        self._groups = {group.key: index for index, group in enumerate(table.groups)}
-        self._plans: dict[tuple[object, ...], Plan] = {}
+        self.switched_off: Counter[str] = Counter()
+        self.layers: WeakSet[PreparedModule] = WeakSet()
+        self.lock = threading.RLock()  # for what changes which generation serves, or who is bound to it
+        self.serial = None if native.module is None else native.module.Serial()
+        self._open = open
+        self._previous: Generation | None = None
         self._servers = {op: operator.server(self) for op, operator in pool.operators().items()}
+        self._serve(generation)
+        traced.enroll(self)
 
     def server(self, op: str) -> Any:
         """The object that serves one operator. Raises KeyError with the names there are."""
         pool.operator(op)
         return self._servers[op]
 
-    def plan(self, op: str, form: str, traits: Mapping[str, str], statics: Mapping[str, int]) -> Plan:
-        """The plan for exactly these traits and static dims; cached, never fails."""
-        key = (op, form, tuple(sorted(traits.items())), tuple(statics.items()))
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._make_plan(key, op, traits, statics)
-        return plan
+    def _serve(self, generation: Generation) -> None:
+        """The swap itself: one store for Python, one for the fast path."""
+        self.generation = generation
+        if self.serial is not None:
+            self.serial.set(generation.serial)
 
-    def _make_plan(
-        self, key: tuple[object, ...], op: str, traits: Mapping[str, str], statics: Mapping[str, int]
-    ) -> Plan:
-        dims = {name: statics.get(name, 1) for name in pool.operator(op).dims}
-        problem = Problem.of(op, traits, dims)
-        if self.refused is not None:
-            return Plan(problem, blocked="refused")
-        index = self._groups.get(key)
-        if index is None:
-            return Plan(problem, blocked="unknown_shape")
-        group = self.table.groups[index]
-        used = sorted({rule for cells in group.cells.values() for rule in cells if rule >= 0})
-        candidates = {
-            rule: Candidate.parse(self.table.rules[rule].candidate)
-            for rule in used
-            if self.table.rules[rule].candidate not in self.dead
-        }
-        return Plan(problem, partial(self._find, index), candidates)
+    @property
+    def held(self) -> tuple[Generation, ...]:
+        """The generations that layers keep bindings for: the one that serves, and the one to go back to."""
+        return (self.generation,) if self._previous is None else (self.generation, self._previous)
+
+    def reload(self, path: str | Path) -> str:
+        """Load the package at ``path`` and let it serve in the place of what serves now, without a pause.
+
+        The old generation serves until the new one is checked and every living layer is bound to it; then one
+        store swaps them. A call that is under way ends with the generation that it began with. The old one is
+        kept for ``rollback``, with what its kernels packed, until the next reload.
+
+        Returns:
+            A line on what serves now.
+
+        Raises:
+            BadInput: the package is damaged, not to be trusted, of another machine, or (in strict mode) can't
+                be served without a search. What served before serves on.
+        """
+        if self._open is None:
+            raise RuntimeError(f"{self.name}: this runtime was made by hand, there is nothing to load with")
+        start = time.perf_counter()
+        generation = self._open(Path(path))
+        with self.lock:
+            count = self._bind(generation)
+            dropped, self._previous = self._previous, self.generation
+            self._serve(generation)
+            if dropped is not None:
+                for layer in list(self.layers):
+                    layer.release(dropped)
+        took = time.perf_counter() - start
+        return f"{self.name}: {generation} serves, {count} layers bound in {took:.2f} s"
+
+    def rollback(self) -> str:
+        """Let the generation before this one serve again: what is in memory, without disk or compiler.
+
+        Returns:
+            A line on what serves now. A second call goes forward again.
+
+        Raises:
+            RuntimeError: nothing was reloaded.
+        """
+        with self.lock:
+            if self._previous is None:
+                raise RuntimeError(f"{self.name}: found no generation to go back to: nothing was reloaded")
+            previous, self._previous = self._previous, self.generation
+            self._serve(previous)
+            return f"{self.name}: {previous} serves again"
+
+    def _bind(self, generation: Generation) -> int:
+        layers = list(self.layers)
+        for layer in layers:
+            layer.hold(generation)
+        return len(layers)
+
+    def table_hash(self) -> str:
+        """What this process chooses by, in hex: equal in two processes where both hold the same package with the
+        same entries alive, whatever their paths. Ranks that differ choose differently, and may deadlock."""
+        return self.generation.hash
+
+    def check_ranks(self) -> None:
+        """Compare ``table_hash`` over ``torch.distributed``, if it is initialised. All ranks must call this.
+
+        Raises:
+            RuntimeError: they hold different tables; it names the ranks.
+        """
+        ranks.check_ranks(self.generation.hash)
 
     def note_failure(self, candidate: Candidate, error: Exception) -> None:
         """Remember why a kernel could not be bound or launched; ``stats`` shows it."""
@@ -172,8 +194,9 @@ class Runtime:
         A module is left alone where the table holds nothing for its shape, or only the framework's own
         kernel. Parameters stay the model's own: ``state_dict`` keeps its keys.
         """
-        if self.refused is not None:
-            warnings.warn(f"{self.name}: nothing optimized: {self.refused}", RuntimeWarning, stacklevel=2)
+        refused = self.generation.refused
+        if refused is not None:
+            warnings.warn(f"{self.name}: nothing optimized: {refused}", RuntimeWarning, stacklevel=2)
             return Report(())
         swaps: list[Swap] = []
         for server in self._servers.values():
@@ -193,7 +216,8 @@ class Runtime:
             KeyError: an unknown operator.
             ValueError: a dim is missing, or a name or value is none of the operator's.
         """
-        known = Known(self.table, self.refused, self.dead, self.failures, self._evidence)
+        now = self.generation
+        known = Known(now.table, now.refused, now.dead, self.failures, now.evidence)
         return explain(op, asked, align, known)
 
     def export_misses(self, path: str | Path) -> int:
@@ -205,28 +229,32 @@ class Runtime:
         Raises:
             OSError: ``path`` can't be written; what was there is intact.
         """
-        sweep = misses.plan(self.misses.snapshot(), self.table, self.misses.others)
+        sweep = misses.plan(self.misses.snapshot(), self.generation.table, self.misses.others)
         return misses.export(Path(path), sweep, self.name)
 
     def stats(self) -> dict[str, Any]:
         """Hits, misses and fallbacks since the import; ``reasons`` has every name in a sentence.
 
         Returns:
-            ``table``: "serving" or "refused: why"; ``lookup``: "compiled" or "python"; ``ops``: by
-            operator, ``hits`` by match (exact, bin, nearest) and ``fallbacks`` by reason; each call that
-            returned is counted once, a compiled one once a trace. ``failed``: the last error of each
-            candidate that could not be bound or launched. ``declined``: why each candidate last left a
-            call to the framework.
+            ``table``: "serving" or "refused: why"; ``generation``: the hash of what serves; ``lookup``:
+            "compiled", or "python: why"; ``ops``: by operator, ``hits`` by match (exact, bin, nearest) and
+            ``fallbacks`` by reason; each call that returned is counted once, a compiled one once a trace.
+            ``failed``: the last error of each candidate that could not be bound or launched; ``switched_off``:
+            how often each was switched off for failing. ``declined``: why each candidate last left a call to
+            the framework.
         """
+        now = self.generation
         ops: dict[str, Any] = {}
         for op, outcomes in self.counters.snapshot().items():
             hits = {name: n for name, n in outcomes.items() if name in MATCH_NAMES}
             rest = {name: n for name, n in outcomes.items() if name not in MATCH_NAMES}
             ops[op] = {"hits": hits, "fallbacks": rest}
         return {
-            "table": "serving" if self.refused is None else f"refused: {self.refused}",
-            "lookup": "compiled" if self.compiled else "python",
+            "table": "serving" if now.refused is None else f"refused: {now.refused}",
+            "generation": now.hash,
+            "lookup": "compiled" if self.serial is not None else f"python: {native.why}",
             "ops": ops,
             "failed": dict(self.failures),
+            "switched_off": dict(self.switched_off),
             "declined": dict(self.declined),
         }

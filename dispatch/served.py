@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from dks.dispatch import pool
+from dks.dispatch import native, pool
 from dks.dispatch.ambient import (
     grad_enabled,
     objection,
     tensor_objection,
     wants_gradient,
 )
+from dks.dispatch.generation import Generation, Plan
 from dks.dispatch.kernel import DTYPES, Declined, Launch, Output
 from dks.dispatch.problem import Candidate
-from dks.dispatch.runtime import MATCH_NAMES, MISS_NAMES, Plan, Runtime, Swap
+from dks.dispatch.runtime import FAILURES, MATCH_NAMES, MISS_NAMES, Runtime, Swap
 from dks.dispatch.table import Match
 
 _Output = TypeVar("_Output", bound=Output)
@@ -26,13 +28,38 @@ NEAREST = int(Match.NEAREST)  # an enum's own comparison takes ten times as long
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class Question(NamedTuple):
+    """What a server asks a generation for a plan of: the arguments of ``Generation.plan``."""
+
+    op: str
+    form: str
+    traits: Mapping[str, str]
+    statics: Mapping[str, int]
+
+
 class Dispatch:
-    """A plan with its kernels bound: serves calls by their sizes and alignment, and counts each once."""
+    """A plan with its kernels bound: serves calls by their sizes and alignment, and counts each once.
 
-    __slots__ = ("_blocked", "_calls", "_counters", "_find", "_hits", "_note", "_op", "_runtime", "kernels", "plan")
+    Attributes:
+        plan: of one generation.
+        kernels: the bound kernels, by candidate id.
+        native: the compiled form of the plan, or None.
+    """
 
-    def __init__(self, runtime: Runtime, plan: Plan, bind: Callable[[Candidate], Launch]) -> None:
-        """Bind each candidate of ``plan`` once; one that can't be bound is recorded and never runs."""
+    __slots__ = (
+        "_blocked", "_calls", "_counters", "_failed", "_find", "_hits", "_note", "_op", "_runtime", "kernels",
+        "native", "plan",
+    )  # fmt: skip
+
+    def __init__(
+        self, runtime: Runtime, plan: Plan, bind: Callable[[Candidate], Launch], *, is_framework: bool = False
+    ) -> None:
+        """Bind each candidate of ``plan`` once; one that can't be bound is recorded and never runs.
+
+        Args:
+            is_framework: whether the operator's default kernel, for this plan, is the framework's own function of
+                the same arguments and nothing else; the compiled form then calls that.
+        """
         self.plan = plan
         self.kernels: dict[str, Launch] = {}
         for candidate in set(plan.candidates.values()):
@@ -48,23 +75,32 @@ class Dispatch:
         self._op = plan.problem.op
         self._find = plan.find
         self._blocked = plan.blocked or ""
+        self._failed: Counter[Candidate] = Counter()
         self._runtime = runtime
         self._counters = runtime.counters
         self._note = runtime.misses.of(plan.problem)
         self._hits = tuple(runtime.counters.counter(self._op, match) for match in MATCH_NAMES)
+        self.native = self._compiled(is_framework)
+
+    def _compiled(self, is_framework: bool) -> Any:
+        group = self.plan.group
+        if native.module is None or group is None or self._runtime.serial is None:
+            return None
+        default = pool.operator(self._op).default
+        entries = {
+            rule: None if is_framework and self.plan.candidates[rule].kernel == default else call
+            for rule, call in self._calls.items()
+        }
+        edges, cells = tuple(map(tuple, group.edges)), tuple((a, tuple(c)) for a, c in group.cells.items())
+        return native.module.Plan(edges, cells, self.plan.needs, entries, self._counters.served(self._op))
 
     def serve(self, framework: Callable[..., _Output], align: int, sizes: tuple[int, ...], *args: Any) -> _Output:
         """Run the kernel chosen for these dynamic sizes on ``args``; without one, ``framework(*args)``."""
         if self._find is None:
-            self._counters.add(self._op, self._blocked)
-            if self._blocked == "unknown_shape":
-                self._note(sizes, align, self._blocked)
-            return framework(*args)
+            return self._miss(self._blocked, framework, align, sizes, args)
         code = self._find(align, *sizes)
         if code < 0:
-            self._counters.add(self._op, MISS_NAMES[-1 - code])
-            self._note(sizes, align, MISS_NAMES[-1 - code])
-            return framework(*args)
+            return self._miss(MISS_NAMES[-1 - code], framework, align, sizes, args)
         rule = code >> 2
         call = self._calls.get(rule)
         if call is None:
@@ -80,12 +116,26 @@ class Dispatch:
             if code & 3 == NEAREST:
                 self._note(sizes, align, "nearest")
             return y
-        return self._after_failure(failure, rule, framework, args)
+        return self.failed(rule, failure, framework, *args)
 
-    def _after_failure(
-        self, failure: Exception, rule: int, framework: Callable[..., _Output], args: tuple[Any, ...]
+    def _miss(
+        self,
+        reason: str,
+        framework: Callable[..., _Output],
+        align: int,
+        sizes: tuple[int, ...],
+        args: tuple[Any, ...],
     ) -> _Output:
-        """The framework's answer, or its error where the call was wrong; else the kernel is out for good."""
+        self._counters.add(self._op, reason)
+        if reason != "refused":
+            self._note(sizes, align, reason)
+        return framework(*args)
+
+    def failed(self, rule: int, failure: Exception, framework: Callable[..., _Output], *args: Any) -> _Output:
+        """The framework's answer after a rule's kernel raised, or the framework's error where the call was wrong.
+
+        A kernel that declined serves the next call. One that failed FAILURES times is switched off here.
+        """
         y = framework(*args)
         candidate = self.plan.candidates[rule]
         if isinstance(failure, Declined):
@@ -93,9 +143,19 @@ class Dispatch:
             self._runtime.declined[candidate.id] = str(failure)
             return y
         self._counters.add(self._op, "kernel_failed")
-        self._calls = {r: call for r, call in self._calls.items() if self.plan.candidates[r] != candidate}
         self._runtime.note_failure(candidate, failure)
+        self._failed[candidate] += 1
+        if self._failed[candidate] == FAILURES:
+            self._switch_off(candidate)
         return y
+
+    def _switch_off(self, candidate: Candidate) -> None:
+        self._runtime.switched_off[candidate.id] += 1
+        self._calls = {r: call for r, call in self._calls.items() if self.plan.candidates[r] != candidate}
+        if self.native is not None:
+            for rule, chosen in self.plan.candidates.items():
+                if chosen == candidate:
+                    self.native.drop(rule)
 
 
 class Server:
@@ -105,7 +165,6 @@ class Server:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._direct: dict[tuple[object, ...], Dispatch] = {}
 
     def swap(self, model: nn.Module) -> list[Swap]:
         """Swap what this operator can serve in ``model``, in place; returns what it did and left."""
@@ -115,15 +174,31 @@ class Server:
         """Count one call that never reached the table."""
         self.runtime.counters.add(self.op, outcome)
 
-    def direct(self, key: tuple[object, ...], plan: Callable[[], Plan], statics: int) -> Dispatch:
+    def plan(self, question: Question) -> Plan:
+        """The plan of the generation that serves now."""
+        return self.runtime.generation.plan(*question)
+
+    def direct(
+        self,
+        key: tuple[object, ...],
+        question: Callable[[], Question],
+        statics: int,
+        quicken: Callable[[Generation, Dispatch], None] | None = None,
+    ) -> Dispatch:
         """The dispatch of calls without preparation, cached by ``key``.
 
         Its kernels take the dynamic arguments and then the operator's ``statics`` constant ones, and bind
         those at each call: direct kernels use the caller's tensors as they are, so binding copies nothing.
+
+        Args:
+            quicken: called once with a dispatch whose default kernel is the framework's own function of the
+                same arguments, to let the fast path serve it.
         """
-        found = self._direct.get(key)
+        generation = self.runtime.generation
+        key = (self.op, *key)
+        found: Dispatch | None = generation.dispatches.get(key)
         if found is None:
-            made = plan()
+            made = generation.plan(*question())
             kernels, problem = pool.kernels(), made.problem
 
             def late(candidate: Candidate) -> Launch:
@@ -132,7 +207,10 @@ class Server:
                     return bind(problem, params)
                 return lambda *args: bind(problem, params, *args[-statics:])(*args[:-statics])
 
-            found = self._direct[key] = Dispatch(self.runtime, made, late)
+            found = Dispatch(self.runtime, made, late, is_framework=quicken is not None)
+            found = generation.dispatches.setdefault(key, found)
+            if quicken is not None:
+                quicken(generation, found)
         return found
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import count
+from typing import Any
+
+from dks.dispatch import native
+from dks.dispatch.table import Match
 
 
 class Counters:
@@ -10,6 +15,12 @@ class Counters:
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], count[int]] = {}
+        self._served: dict[str, Any] = {}
+
+    def served(self, op: str) -> Any:
+        """The compiled fast path's counts of an operator's hits. Only where there is a fast path."""
+        assert native.module is not None
+        return self._served.setdefault(op, native.module.Counts())
 
     def counter(self, op: str, outcome: str) -> count[int]:
         """The counter of one outcome; ``next()`` of it counts one."""
@@ -24,9 +35,14 @@ class Counters:
 
     def snapshot(self) -> dict[str, dict[str, int]]:
         """Outcome to count, by operator; outcomes that never came are left out."""
+        found: Counter[tuple[str, str]] = Counter()
+        for key, counter in self._counts.copy().items():
+            found[key] += int(repr(counter)[len("count(") : -1])  # the only way to read one without advancing it
+        for op, counts in self._served.copy().items():
+            for match, seen in zip(Match, counts.read(), strict=True):
+                found[op, match.name.lower()] += seen
         shown: dict[str, dict[str, int]] = {}
-        for (op, outcome), counter in sorted(self._counts.copy().items()):
-            seen = int(repr(counter)[len("count(") : -1])  # the only way to read one without advancing it
+        for (op, outcome), seen in sorted(found.items()):
             if seen:
                 shown.setdefault(op, {})[outcome] = seen
         return shown

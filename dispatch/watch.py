@@ -16,7 +16,7 @@ class Watch:
     changes one of the few bytes that are sampled across the tensor.
     """
 
-    __slots__ = ("_bias", "_sampled", "_seen", "_storages", "_weight", "_windows")
+    __slots__ = ("_bias", "_places", "_sampled", "_seen", "_storages", "_weight", "_windows")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight, self._bias = weight, bias
@@ -24,8 +24,15 @@ class Watch:
         # Held, so that no other tensor can come to lie at these addresses, and the samples stay readable.
         self._storages = [t.untyped_storage() for t in tensors]
         self._seen = [(t, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-        self._windows = [window for t in tensors for window in _windows(t)]
+        self._places = [place for t in tensors for place in _places(t)]
+        self._windows = [_memory(*place) for place in self._places]
         self._sampled = b"".join(self._windows)
+
+    def told(self) -> tuple[object, ...]:
+        """What the compiled form watches by: the parameters, (tensor, address, version or -1) of each, (address,
+        bytes) of each place, and what was seen there. Whoever takes it holds this object as well."""
+        seen = tuple((t, address, -1 if version is None else version) for t, address, version in self._seen)
+        return (self._weight, self._bias, seen, tuple(self._places), self._sampled)
 
     def changed(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
         """Whether the parameters are no longer what they were."""
@@ -41,9 +48,13 @@ class Watch:
 _join = b"".join
 
 
-def _windows(t: torch.Tensor) -> list[memoryview]:
+def _places(t: torch.Tensor) -> list[tuple[int, int]]:
     elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     size = elements * t.element_size()
-    memory = memoryview((ctypes.c_uint8 * size).from_address(t.data_ptr())).cast("B")
     step = max(_WINDOW, (size - _WINDOW) // (_WINDOWS - 1))
-    return [memory[start : start + _WINDOW] for start in range(0, size, step)][:_WINDOWS]
+    starts = range(0, size, step)[:_WINDOWS]
+    return [(t.data_ptr() + start, min(_WINDOW, size - start)) for start in starts]
+
+
+def _memory(address: int, size: int) -> memoryview:
+    return memoryview((ctypes.c_uint8 * size).from_address(address)).cast("B")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from dks.dispatch import pool
+from dks.dispatch.native import build as native_build
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build
 from dks.dispatch.tiles.unit import Unit
@@ -33,6 +34,10 @@ def compile_for(asked: Iterable[tuple[Problem, Candidate]], say: Said) -> None:
     if wanted and (why := build.distrust()):
         say(f"no generated kernel is measured: {why}")
         return
+    if wanted:
+        _, why = native_build.cached()
+        if why:
+            say(f"generated kernels are launched through Python, which takes longer: {why}")
     missing = [unit for unit in wanted if not build.is_built(unit)]
     if not missing:
         return

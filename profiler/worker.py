@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from dks.dispatch import native
+from dks.dispatch.native import build as native_build
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build, library
 from dks.profiler.bench import Bench, Job
@@ -93,6 +95,9 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
     os.dup2(2, 1)
     library.look_in(build.locate)
+    fast, _ = native_build.cached()
+    if fast is not None:  # kernels are launched as a package launches them
+        native.install(fast)
     Worker(answers, note).serve()
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dks.dispatch import pool
+from dks.dispatch import native, pool
+from dks.dispatch.generation import Generation
+from dks.dispatch.native import build as native_build
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Rule, Table
@@ -65,7 +67,8 @@ def route() -> Route:
             for statics in shapes:
                 for group in groups_for(op, candidate, statics, len(rules) - 1):
                     groups.setdefault(group.key, group)
-        return Runtime("t", Table(tuple(rules), tuple(groups.values())), **options)  # type: ignore[arg-type]
+        table = Table(tuple(rules), tuple(groups.values()))
+        return Runtime("t", Generation(table, **options))  # type: ignore[arg-type]
 
     return make
 
@@ -94,6 +97,9 @@ def _all_units() -> list[Unit]:
 @pytest.fixture(autouse=True, scope="session")
 def _generated_kernels(request: pytest.FixtureRequest) -> None:
     library.look_in(_compiled)
+    fast, why = native_build.cached()
+    assert fast is not None, why
+    assert not native.install(fast)
     if len(request.session.items) >= MANY:
         build.build(_all_units())
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from dks.codegen.cli import main as codegen
+from dks.dispatch.environment import Environment
 from dks.dispatch.evidence import write_rows
 from dks.dispatch.loader import import_package
 from dks.dispatch.problem import Problem
 from dks.profiler.cli import main as profile
 from tests.codegen.rows import row
-from tests.codegen.test_package import here
 from tests.commands import run
 
 TRAITS = {"dtype": "float32", "mask": "none", "causal": "no", "layout": "bshd"}
@@ -31,8 +31,9 @@ def first(tmp_path: Path) -> Path:
     folder.mkdir()
     dims = {"b": 2, "q": 16, "kv": 16, "h": 2, "hkv": 2, "d": 32}
     problem = Problem.of("attention", TRAITS, dims)
-    rows = [row("torch.sdpa", 50, problem), row("torch.matmul_attention", 90, problem)]
-    write_rows(folder / "one.parquet", here(rows))
+    here = json.dumps(Environment.current().to_dict(), sort_keys=True)
+    times = {"torch.sdpa": 50, "torch.matmul_attention": 90}
+    write_rows(folder / "one.parquet", [row(id, us, problem, environment=here) for id, us in times.items()])
     return folder
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+from dks.dispatch import trust
 from dks.dispatch.compiler import failure, find_compiler, run_compiler
 from dks.dispatch.tiles.library import Missing
 from dks.dispatch.tiles.unit import HEADERS, TEMPLATE, Unit
@@ -38,13 +38,10 @@ def cache() -> Path:
 
 def distrust() -> str:
     """Why nothing may be loaded from the folder of compiled units, or an empty text. What lies there is code."""
-    try:
-        status = cache().stat()
-    except OSError:  # nothing is there to be loaded
+    if not cache().exists():  # nothing is there to be loaded
         return ""
-    if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
-        return f"{cache()}: others may write there, expected a folder of your own: chmod o-w, or set {CACHE}"
-    return ""
+    why = trust.distrust(cache())
+    return f"{why}, or set {CACHE}" if why else ""
 
 
 def build(units: Iterable[Unit]) -> dict[str, str]:
@@ -125,7 +122,7 @@ def _build_one(unit: Unit) -> str:
 
 def _compile(compiler: Sequence[str], unit: Unit) -> str:
     try:
-        cache().mkdir(mode=0o700, parents=True, exist_ok=True)
+        trust.make_folder(cache())
         with tempfile.TemporaryDirectory(prefix=".compile-", dir=cache()) as name:
             folder = Path(name)
             (folder / "unit.cpp").write_text(source([unit]), encoding="utf-8")
@@ -146,11 +143,11 @@ def _compile(compiler: Sequence[str], unit: Unit) -> str:
 
 
 def _path(unit: Unit, suffix: str) -> Path:
-    key = hashlib.sha256("\0".join((unit.digest(), *FLAGS, *LINK, _compiler())).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join((unit.digest(), *FLAGS, *LINK, compiler_version())).encode()).hexdigest()[:16]
     return cache() / f"{unit.symbol}-{key}{suffix}"
 
 
-def _compiler() -> str:
+def compiler_version() -> str:
     """The compiler and its version: another one makes other code."""
     command, reason = find_compiler()
     return reason or _version(tuple(command))
@@ -163,7 +160,7 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 def _put(path: Path, data: bytes) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    trust.make_folder(path.parent)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
     Path(file.name).replace(path)

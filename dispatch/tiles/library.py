@@ -37,12 +37,15 @@ def _nowhere(unit: Unit) -> Path:
 
 
 _shipped: list[ctypes.CDLL] = []
+_digests: set[str] = set()
 _locate: Locate = _nowhere
 
 
-def add(path: Path) -> None:
-    """Load a package's library. Raises OSError where it can't be loaded."""
-    _shipped.append(ctypes.CDLL(str(path)))
+def add(path: Path, digest: str) -> None:
+    """Load a package's library, unless one of this digest is there. Raises OSError where it can't be loaded."""
+    if digest not in _digests:
+        _shipped.append(ctypes.CDLL(str(path)))
+        _digests.add(digest)
 
 
 def look_in(locate: Locate) -> None:

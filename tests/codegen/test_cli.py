@@ -10,6 +10,7 @@ import pytest
 
 from dks.codegen.cli import main
 from dks.dispatch.evidence import Measurement, write_rows
+from dks.dispatch.manifest import seal
 from tests.codegen.rows import ENVIRONMENT, problem, row
 from tests.codegen.test_package import here, made_rows
 from tests.commands import Done, run
@@ -183,17 +184,22 @@ def test_a_limit_on_kernels_is_printed_and_kept(folder: Path, tmp_path: Path) ->
     assert odd.returncode == 2 and "max_kernels: found 0, expected a whole number from 1" in odd.stderr
 
 
-def test_a_manifest_of_before_certificates_still_reads(folder: Path, tmp_path: Path) -> None:
+def test_a_manifest_of_another_version_is_refused_with_the_reason(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert command("build", folder, "-o", out, "--name", "small_table").returncode == 0
+    path = out / "small_table" / "manifest.json"
+    path.write_text(seal({**json.loads(path.read_text()), "version": 1}))
+    done = command("check", out)
+    assert done.returncode == 2 and "found version 1, expected 2; build the package again" in done.stderr
+
+
+def test_a_manifest_with_an_odd_certificate_is_refused_in_words(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command("build", folder, "-o", out, "--name", "small_table").returncode == 0
     path = out / "small_table" / "manifest.json"
     data = json.loads(path.read_text())
-    del data["certificate"], data["certificate_note"]
-    path.write_text(json.dumps(data))
-    done = command("check", out)
-    assert done.returncode == 0 and "no certificate" in done.stdout
-    path.write_text(json.dumps({**data, "certificate": [1]}))
+    path.write_text(seal({**data, "certificate": [1]}))
     assert "certificate is list" in command("check", out).stderr
-    path.write_text(json.dumps({**data, "certificate": {}}))
+    path.write_text(seal({**data, "certificate": {}}))
     odd = command("check", out)
     assert odd.returncode == 2 and "Traceback" not in odd.stderr

@@ -25,7 +25,7 @@ from dks.codegen.select import select
 from dks.dispatch import pool
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement
-from dks.dispatch.loader import KERNELS, MANIFEST, file_digest
+from dks.dispatch.manifest import KERNELS, MANIFEST, file_digest, seal
 from dks.dispatch.problem import Candidate
 from dks.dispatch.tiles import build as compiling
 from dks.dispatch.tiles import library
@@ -140,7 +140,7 @@ def test_without_the_library_the_framework_serves_and_says_why(importable: Path)
     (folder / KERNELS).unlink()
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["files"][KERNELS]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(seal(manifest))
     module = importlib.import_module("tiles_gone")
     assert_serves(module, 0)
     stats = module.stats()["ops"]["linear"]["fallbacks"]
@@ -153,7 +153,7 @@ def test_a_library_that_can_not_be_loaded_is_a_warning(importable: Path) -> None
     (folder / KERNELS).write_bytes(b"\x7fELF half")
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][KERNELS] = file_digest(folder / KERNELS)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(seal(manifest))
     with pytest.warns(RuntimeWarning) as said:
         assert_serves(importlib.import_module("tiles_half"), 0)
     assert "_kernels.so can't be loaded" in str(said[0].message)

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from dks.codegen.compile import CompileResult
 
 from dks.codegen import package as packaging
-from dks.codegen.compile import CompileResult
 from dks.codegen.lut import Lut
 from dks.codegen.package import build, check_destination, check_package_name, render
 from dks.codegen.policy import Policy
 from dks.codegen.select import select
-from dks.dispatch import loader
+from dks.dispatch import manifest
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement
-from dks.dispatch.loader import damaged, read_manifest
+from dks.dispatch.manifest import damaged, read_manifest
 from tests.codegen.rows import problem, row
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -95,9 +95,9 @@ def test_text_does_not_depend_on_the_hash_seed() -> None:
 def test_a_build_compiles_checks_out_and_is_left_alone_when_nothing_changed(tmp_path: Path) -> None:
     rows, lut = made_rows(), made_lut()
     built = build(lut, rows, tmp_path, "fresh")
-    manifest = read_manifest(built.folder)
-    assert built.changed and damaged(built.folder, manifest) == []
-    assert set(manifest.kernels) == {"torch.linear", "torch.addmm", "mkldnn.linear_packed"} & set(manifest.kernels)
+    read = read_manifest(built.folder)
+    assert built.changed and damaged(built.folder, read) == []
+    assert set(read.kernels) == {"torch.linear", "torch.addmm", "mkldnn.linear_packed"} & set(read.kernels)
     before = {path: path.stat().st_mtime_ns for path in built.folder.iterdir()}
     assert not build(lut, rows, tmp_path, "fresh").changed
     assert before == {path: path.stat().st_mtime_ns for path in built.folder.iterdir()}
@@ -234,8 +234,8 @@ def test_a_kernel_whose_source_changed_loses_its_entries_alone(
 ) -> None:
     rows = here(made_rows())
     build(select(rows, Policy()), rows, importable, "pack_dead")
-    real = loader.source_digest
-    monkeypatch.setattr(loader, "source_digest", lambda k: "other" if k.id == "mkldnn.linear_packed" else real(k))
+    real = manifest.source_digest
+    monkeypatch.setattr(manifest, "source_digest", lambda k: "other" if k.id == "mkldnn.linear_packed" else real(k))
     with pytest.warns(RuntimeWarning, match=r"mkldnn\.linear_packed.*source changed"):
         module = importlib.import_module("pack_dead")
     assert "may not run" in module.explain("linear", m=256, n=64, k=32).reason

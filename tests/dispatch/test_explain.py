@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dks.dispatch import pool
 from dks.dispatch.choice import WIDTH, Choice
+from dks.dispatch.generation import Generation
 from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Rule, Table
 
@@ -55,13 +55,12 @@ OTHERS = [
 
 
 @pytest.fixture
-def runtime(tmp_path: Path) -> Runtime:
+def runtime() -> Runtime:
     """m in 1, 2..8 by the packed kernel; 9..64 by the default; n=64, k=32."""
-    path = tmp_path / "lut.json"
-    path.write_text(json.dumps({"rules": [DEFAULT, CHOSEN], "others": OTHERS}))
+    evidence = json.dumps({"rules": [DEFAULT, CHOSEN], "others": OTHERS})
     cells = {64: (1, 1, 0), 4: (-1, -1, 0)}
     group = Group("linear", "prepared", TRAITS, (("n", 64), ("k", 32)), ((1, 8, 64),), cells)
-    return Runtime("t", Table(RULES, (group,)), evidence=path)
+    return Runtime("t", Generation(Table(RULES, (group,)), evidence=evidence))
 
 
 def story(choice: Choice) -> dict[str, str]:
@@ -126,7 +125,7 @@ def test_less_aligned_calls(runtime: Runtime) -> None:
 
 
 def test_a_switched_off_candidate_keeps_its_story(runtime: Runtime) -> None:
-    runtime.dead["mkldnn.linear_packed"] = "its source changed"
+    runtime.generation.dead["mkldnn.linear_packed"] = "its source changed"
     choice = ask(runtime, 5)
     assert (choice.candidate, choice.match) == ("torch.linear", "default")
     assert choice.reason == "mkldnn.linear_packed was chosen and may not run: its source changed"
@@ -137,7 +136,7 @@ def test_what_the_table_holds_is_listed_up_to_a_few() -> None:
     groups = tuple(
         Group("linear", "direct", TRAITS, (("n", n), ("k", 8)), ((1,),), {4: (0,)}) for n in range(10, 30)
     )
-    reason = Runtime("t", Table(RULES, groups)).explain("linear", m=1, n=5, k=8).reason
+    reason = Runtime("t", Generation(Table(RULES, groups))).explain("linear", m=1, n=5, k=8).reason
     assert reason.count("'n'") == 7 and reason.endswith("and 14 more")
 
 
@@ -150,8 +149,8 @@ def test_lines_are_short_and_aligned(runtime: Runtime) -> None:
     assert "                 torch.linear_inplace, mkl.linear_packed (3)" in lines
 
 
-def test_an_older_lut_tells_what_it_has(runtime: Runtime, tmp_path: Path) -> None:
+def test_an_older_lut_tells_what_it_has(runtime: Runtime) -> None:
     old = {key: value for key, value in CHOSEN.items() if key not in ("others", "tied")}
-    (tmp_path / "lut.json").write_text(json.dumps({"rules": [DEFAULT | {"others": []}, old]}))
+    runtime.generation.evidence = json.dumps({"rules": [DEFAULT | {"others": []}, old]})
     told = story(ask(runtime, 5))
     assert "not chosen" not in told and told["runner-up"] == "torch.addmm"

@@ -387,7 +387,7 @@ class TestResidual:
         compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
         assert torch.allclose(compiled(x(8), residual(8)), wanted, atol=1e-5)
         assert torch.allclose(direct(x(8), weight(), bias(), residual=residual(8)), wanted, atol=1e-5)
-        assert counts(made) == {"compiling": 2}
+        assert counts(made) == {"exact": 2}
 
 
 class TestAutograd:
@@ -554,7 +554,8 @@ class TestModes:
             assert torch.allclose(compiled(x(8)), wanted, atol=1e-5)
             direct = torch.compile(server.call, fullgraph=True, backend="aot_eager")
             assert torch.allclose(direct(x(8), layer.weight, layer.bias, "relu"), wanted, atol=1e-5)
-        assert counts(layer) == {"compiling": 2}, "once a trace, not once a call"
+        # The framework's own operator is counted once a trace; the table's at each call.
+        assert counts(layer) == ({"compiling": 2} if grad else {"exact": 3})
 
     def test_compiled_sees_new_weights(self, layer: PreparedLinear) -> None:
         torch._dynamo.reset()

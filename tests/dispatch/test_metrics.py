@@ -13,6 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dks.dispatch.generation import Generation
 from dks.dispatch.metrics import Collector, serve_metrics
 from dks.dispatch.problem import Candidate
 from dks.dispatch.runtime import Runtime
@@ -27,7 +28,7 @@ Samples = dict[tuple[str, ...], float]
 
 
 def made(name: str = "a", **options: object) -> Runtime:
-    return Runtime(name, Table(RULES, (GROUP,)), **options)  # type: ignore[arg-type]
+    return Runtime(name, Generation(Table(RULES, (GROUP,)), **options))  # type: ignore[arg-type]
 
 
 def layer(runtime: Runtime) -> torch.nn.Module:
@@ -79,10 +80,10 @@ def test_calls_by_table_operator_and_outcome() -> None:
 
 
 def test_the_table_and_its_candidates() -> None:
-    runtime = made(dead={"mkldnn.linear_packed": "its source changed"}, generation="0123abcd")
+    runtime = made(dead={"mkldnn.linear_packed": "its source changed"}, hash="0123abcd")
     runtime.note_failure(Candidate("torch.linear"), RuntimeError("no"))
     samples = read(Collector(runtime))
-    assert ("dks_dispatch_table_info", "a", "0123abcd", "python") in samples
+    assert ("dks_dispatch_table_info", "a", "0123abcd", runtime.stats()["lookup"]) in samples
     assert samples["dks_dispatch_refused", "a"] == 0
     assert samples["dks_dispatch_candidates", "a", "switched_off", "mkldnn.linear_packed"] == 1
     assert samples["dks_dispatch_candidates", "a", "failed", "torch.linear"] == 1

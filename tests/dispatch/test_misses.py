@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dks.dispatch.generation import Generation
 from dks.dispatch.misses import MOST_EDGES, MOST_EXPORTED, Miss, Misses, export, plan, render
 from dks.dispatch.problem import Problem
 from dks.dispatch.runtime import Runtime
@@ -87,7 +88,7 @@ def test_threads_lose_nothing_and_keep_the_bound() -> None:
 
 
 def test_serving_notes_what_the_table_has_no_evidence_of() -> None:
-    runtime = Runtime("t", TABLE)
+    runtime = Runtime("t", Generation(TABLE))
     layer = runtime.server("linear").prepare(torch.randn(64, 32), torch.randn(64))
     for m in (8, 5, 100, 300, 300, 0):
         layer(torch.randn(m, 32))
@@ -106,7 +107,7 @@ def test_serving_notes_what_the_table_has_no_evidence_of() -> None:
 
 
 def test_a_refused_table_notes_nothing() -> None:
-    runtime = Runtime("t", TABLE, refused="threads: 2 != 4")
+    runtime = Runtime("t", Generation(TABLE, refused="threads: 2 != 4"))
     runtime.server("linear").prepare(torch.randn(64, 32), torch.randn(64))(torch.randn(300, 32))
     assert runtime.counters.snapshot() == {"linear": {"refused": 1}} and runtime.misses.snapshot() == []
 
@@ -209,7 +210,7 @@ def test_the_largest_config_is_within_what_a_config_may_hold(tmp_path: Path) -> 
 
 
 def test_nothing_is_written_where_nothing_was_missed(tmp_path: Path) -> None:
-    runtime = Runtime("t", TABLE)
+    runtime = Runtime("t", Generation(TABLE))
     assert runtime.export_misses(tmp_path / "misses.yaml") == 0 and list(tmp_path.iterdir()) == []
     runtime.misses.of(NEW)((5,), 64, "unknown_shape")
     assert runtime.export_misses(str(tmp_path / "misses.yaml")) == 1

@@ -62,8 +62,7 @@ def counts(runtime: Runtime) -> dict[str, int]:
 def test_explain_each_match_and_miss(m: int, align: int, candidate: str, match: str) -> None:
     choice = made().explain("linear", m=m, n=N, k=K, align=align)
     assert (choice.candidate, choice.match) == (candidate, match)
-    said = " ".join(str(choice).split())
-    assert choice.reason and choice.reason in said and f"({match} match)" in said
+    assert choice.reason and choice.reason in str(choice) and f"({match} match)" in str(choice)
 
 
 def test_explain_names_the_miss() -> None:
@@ -134,7 +133,7 @@ def test_explain_shows_the_evidence(tmp_path: Path) -> None:
     (tmp_path / "lut.json").write_text(json.dumps({"rules": evidence}))
     choice = made(evidence=tmp_path / "lut.json").explain("linear", m=8, n=N, k=K)
     assert choice.reason == "rule 2 was measured" and choice.rule == evidence[2]
-    assert "1.500x [1.400, 1.600] to the default" in str(choice)
+    assert "ratio: [1.5, 1.4, 1.6]" in str(choice)
 
 
 def test_each_outcome_is_counted_and_says_what_explain_says() -> None:
@@ -234,7 +233,6 @@ HEAVY = (
     "rich",
     "yaml",
     "pydantic",
-    "prometheus_client",
     "transformers",
     "dks.profiler",
     "dks.codegen",

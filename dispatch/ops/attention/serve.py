@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling, tensor_objection
+from dks.dispatch.ops.attention.traced import ATTENTION, fits
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+from dks.dispatch.runtime import Swap
+from dks.dispatch.served import DTYPE_NAMES, Question, Server, tensors_objection
+from dks.dispatch.traced import wanted
 
 
 class AttentionServer(Server):
@@ -55,6 +57,9 @@ class AttentionServer(Server):
         if reason is None and not enable_gqa and q.shape[1] != k.shape[1]:
             reason = "shape"
         if reason is not None:
+            if wanted(reason) and fits(q, k, v, attn_mask, dropout_p):
+                y: torch.Tensor = ATTENTION(q, k, v, attn_mask, is_causal, scale, enable_gqa, self.runtime.name)
+                return y
             self.runtime.counters.add(self.op, reason)
             return framework()
         return self.attend(framework, q, k, v, attn_mask, scale, is_causal)
@@ -75,12 +80,12 @@ class AttentionServer(Server):
         _, hkv, kv, _ = k.shape
         layout = _layout(k if length == 1 else q)
 
-        def plan() -> Plan:
+        def question() -> Question:
             causes = "yes" if causal else "no"
             traits = {"dtype": DTYPE_NAMES[q.dtype], "mask": kind, "causal": causes, "layout": layout}
-            return self.runtime.plan(self.op, "direct", traits, {"h": h, "hkv": hkv, "d": d})
+            return Question(self.op, "direct", traits, {"h": h, "hkv": hkv, "d": d})
 
-        dispatch = self.direct((q.dtype, kind, causal, layout, h, hkv, d), plan, 0)
+        dispatch = self.direct((q.dtype, kind, causal, layout, h, hkv, d), question, 0)
         # The class covers q, k, v and the output. A mask is read element by element.
         return dispatch.serve(framework, _align(q, k, v), (b, length, kv), q, k, v, mask, scale)
 
@@ -105,10 +110,10 @@ class AttentionServer(Server):
             return []
         if found != "sdpa":
             return [Swap(path, self.op, False, f"attention is {found!r}, expected 'sdpa'")]
-        groups = [group for group in self.runtime.table.groups if group.op == self.op]
+        groups = [group for group in self.runtime.generation.table.groups if group.op == self.op]
         heads = getattr(config, "num_attention_heads", 0)
         plans = [
-            self.runtime.plan(self.op, g.form, dict(g.traits), dict(g.statics))
+            self.runtime.generation.plan(self.op, g.form, dict(g.traits), dict(g.statics))
             for g in groups
             if dict(g.statics)["h"] == heads
         ]
@@ -146,20 +151,21 @@ def _register(server: AttentionServer, name: str) -> None:
             )[0]
             return y.transpose(1, 2)
 
-        if is_compiling():
-            server.runtime.counters.add(server.op, "compiling")
-            return framework().transpose(1, 2), None
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
-        reason = _objection(query, key, value, attention_mask, dropout)
-        if reason is None:
+        reason = "compiling" if is_compiling() else _objection(query, key, value, attention_mask, dropout)
+        traces = reason is not None and wanted(reason) and fits(query, key, value, attention_mask, dropout)
+        if reason is None or traces:
             # Caches, position biases and cropped prefills stay with the library that defines them.
             special = any(kwargs.get(name) is not None for name in ("cache", "position_bias", "softcap"))
             cropped = causal and key.shape[2] != query.shape[2]
             groups = getattr(module, "num_key_value_groups", 1)
             if special or cropped or query.shape[1] != groups * key.shape[1]:
-                reason = "special"
-        if reason is None:
+                reason, traces = "special", False
+        if traces:
+            gqa = query.shape[1] != key.shape[1]
+            y = ATTENTION(query, key, value, attention_mask, causal, scaling, gqa, server.runtime.name)
+        elif reason is None:
             y = server.attend(framework, query, key, value, attention_mask, scaling, causal)
         else:
             server.count(reason)

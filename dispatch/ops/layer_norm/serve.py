@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling
-from dks.dispatch.norms import NormServer, rows_objection
+from dks.dispatch.norms import NormServer, rows_objection, rows_traced
+from dks.dispatch.ops.layer_norm.traced import LAYER_NORM
 from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Plan
-from dks.dispatch.served import DTYPE_NAMES
+from dks.dispatch.served import DTYPE_NAMES, Question
+from dks.dispatch.traced import wanted
 
 
 class LayerNormServer(NormServer):
@@ -49,18 +50,20 @@ class LayerNormServer(NormServer):
         if reason is None and (weight is None) != (bias is None):
             reason = "shape"
         if reason is not None:
+            if wanted(reason) and rows_traced(x, normalized_shape, weight, bias):
+                return LAYER_NORM(x, normalized_shape, weight, bias, eps, False, self.runtime.name)
             self.runtime.counters.add(self.op, reason)
             return framework(x, weight, bias, eps)
         n = x.shape[-1]
-        dispatch = self.direct((x.dtype, weight is None, n), lambda: self.plan("direct", x.dtype, n, weight), 3)
+        dispatch = self.direct((x.dtype, weight is None, n), lambda: self.question("direct", x.dtype, n, weight), 3)
         parameters = [t.data_ptr() for t in (weight, bias) if t is not None]
         align = alignment(x.data_ptr(), n * x.element_size(), *parameters)
         return dispatch.serve(framework, align, (x.numel() // n,), x, weight, bias, eps)
 
-    def plan(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None) -> Plan:
-        """The table's plan for rows of ``n`` elements."""
+    def question(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None) -> Question:
+        """What to ask a table for, for rows of ``n`` elements."""
         traits = {"dtype": DTYPE_NAMES[dtype], "affine": "no" if weight is None else "yes"}
-        return self.runtime.plan(self.op, form, traits, {"n": n})
+        return Question(self.op, form, traits, {"n": n})
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> PreparedLayerNorm:
         """A module that dispatches: layer(x (..., n)) -> (..., n), with weight and bias (n,).
@@ -92,14 +95,24 @@ class PreparedLayerNorm(PreparedModule):
         self.__dict__["features"] = weight.shape[0]
         super().__init__(server, weight, bias)
 
-    def plan(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Plan:
-        return self._server.plan("prepared", weight.dtype, self.features, weight)
+    def question(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Question:
+        return self._server.question("prepared", weight.dtype, self.features, weight)
 
     def constants(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[object, ...]:
         return (weight, bias, self.eps)
 
     def row_bytes(self) -> int:
         return self.features * self.weight.element_size()
+
+    @property
+    def setting(self) -> float:
+        return self.eps
+
+    def traced(self, x: torch.Tensor, _residual: torch.Tensor | None = None) -> Any:
+        if not rows_traced(x, (self.features,), self.weight, self.bias):
+            return None
+        table = self._server.runtime.name
+        return LAYER_NORM(x, (self.features,), self.weight, self.bias, self.eps, True, table)
 
     def framework(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (self.features,), self.weight, self.bias, self.eps)

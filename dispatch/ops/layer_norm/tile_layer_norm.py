@@ -10,9 +10,9 @@ import ctypes
 
 import torch
 
-from dks.dispatch.kernel import DTYPES, Kernel, Params, Run
+from dks.dispatch.kernel import DTYPES, Kernel, Launch, Params
 from dks.dispatch.problem import Precision, Problem
-from dks.dispatch.tiles import library, threads
+from dks.dispatch.tiles import launch, library, threads
 from dks.dispatch.tiles.isa import ELEMENTS, ISAS, VECTORS
 from dks.dispatch.tiles.unit import Unit
 
@@ -32,7 +32,7 @@ def layer_norm(isa: str) -> Kernel:
 
     def bind(
         problem: Problem, params: Params, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-    ) -> Run:
+    ) -> Launch:
         """weight (n,), bias (n,) or None, of x's dtype -> run(x (..., n)) -> (..., n).
 
         Raises:
@@ -46,15 +46,7 @@ def layer_norm(isa: str) -> Kernel:
                 raise ValueError(f"{name}: found {tuple(t.shape)} {t.dtype}, expected ({n},) {dtype}")
         addresses = (None if t is None else t.data_ptr() for t in kept)
         constant = library.Norm(*addresses, n, eps, dict(params)["t"])
-        call, given, empty_like = library.function(unit(problem, params)), ctypes.byref(constant), torch.empty_like
-
-        # What the addresses point to must outlive the function: its defaults hold it.
-        def run(x: torch.Tensor, _kept: object = kept) -> torch.Tensor:
-            y = empty_like(x)
-            call(given, x.data_ptr(), None, y.data_ptr(), None, x.numel() // n)
-            return y
-
-        return run
+        return launch.norm(unit(problem, params), constant, dtype, kept)
 
     return Kernel(
         id=f"tile.layer_norm_{isa}",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dks.dispatch.kernel import Declined, Params, Run
+from dks.dispatch.kernel import DTYPES, Launch, Params
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
 from dks.dispatch.problem import Problem
-from dks.dispatch.tiles import library, threads
+from dks.dispatch.tiles import launch, library, threads
 from dks.dispatch.tiles.unit import Unit
 
 _EPILOGUES = {name: number for number, name in enumerate(("none", "relu", "gelu", "gelu_tanh", "silu", "add"))}
@@ -79,7 +78,7 @@ def bound(
     *,
     scale: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
-) -> Run:
+) -> Launch:
     """The run of a generated kernel.
 
     Args:
@@ -92,7 +91,6 @@ def bound(
     Raises:
         Missing: there is no compiled form of it.
     """
-    function = library.function(unit)
     wide_bias = None if bias is None else bias.detach().float().contiguous()
     kept: Sequence[torch.Tensor | None] = (weight, wide_bias, scale, sums)
     n, k = problem.dim("n"), problem.dim("k")
@@ -105,19 +103,7 @@ def bound(
         given["t"],
         given["r"],
     )
-    address = ctypes.addressof(constant)
-
-    # What the address points to must outlive the function: its defaults hold it.
-    def run(
-        x: torch.Tensor, residual: torch.Tensor | None = None, _kept: object = (constant, kept)
-    ) -> torch.Tensor:
-        y = x.new_empty(*x.shape[:-1], n)  # sizes one by one: torch takes a microsecond more to read a tuple
-        other = None if residual is None else residual.data_ptr()
-        if code := function(address, x.data_ptr(), other, y.data_ptr(), x.numel() // k):
-            raise Declined(library.DECLINED[code])
-        return y
-
-    return run
+    return launch.linear(unit, constant, DTYPES[problem.trait("dtype")], kept)
 
 
 assert set(EPILOGUES) <= set(_EPILOGUES)

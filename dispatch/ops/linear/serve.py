@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dks.dispatch import native
 from dks.dispatch.ambient import is_compiling
+from dks.dispatch.generation import Generation
+from dks.dispatch.kernel import DTYPES
 from dks.dispatch.ops.linear.epilogue import ACTIVATIONS, EPILOGUES, finish
 from dks.dispatch.ops.linear.pair import linear_note, linear_then_activation
+from dks.dispatch.ops.linear.traced import LINEAR, fits
 from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import DTYPE_NAMES, Server, residual_objection, tensors_objection
+from dks.dispatch.runtime import Swap
+from dks.dispatch.served import DTYPE_NAMES, Dispatch, Question, Server, residual_objection, tensors_objection
 from dks.dispatch.swap import bind_again, children, join, replace
+from dks.dispatch.traced import wanted
 
 
 class LinearServer(Server):
@@ -49,6 +55,7 @@ class LinearServer(Server):
             ValueError: an unknown epilogue, or a residual with another one than none.
         """
         _check_epilogue(epilogue, ACTIVATIONS)
+        asked = epilogue
         if residual is not None:
             if epilogue != "none":
                 raise ValueError(f"linear: found a residual and epilogue={epilogue!r}, expected one of the two")
@@ -61,11 +68,15 @@ class LinearServer(Server):
         if reason is None and residual is not None:
             reason = residual_objection(residual, x, weight.shape[0])
         if reason is not None:
+            if wanted(reason) and fits(x, weight, bias, residual):
+                return LINEAR(x, weight, bias, asked, residual, False, self.runtime.name)
             self.runtime.counters.add(self.op, reason)
             return framework()
         n, k = weight.shape
+        asked_form = partial(self.question, "direct", weight, bias, epilogue)
+        is_plain = epilogue == "none"
         dispatch = self.direct(
-            (x.dtype, bias is None, epilogue, n, k), lambda: self.plan("direct", weight, bias, epilogue), 2
+            (x.dtype, bias is None, epilogue, n, k), asked_form, 2, self._quicken if is_plain else None
         )
         bits = (k | n) * x.element_size() | x.data_ptr() | weight.data_ptr()
         if bias is not None:
@@ -76,14 +87,29 @@ class LinearServer(Server):
         bits |= residual.data_ptr()
         return dispatch.serve(framework, alignment(bits), sizes, x, residual, weight, bias)
 
-    def plan(self, form: str, weight: torch.Tensor, bias: torch.Tensor | None, epilogue: str) -> Plan:
-        """The table's plan for this weight."""
+    def _quicken(self, generation: Generation, dispatch: Dispatch) -> None:
+        """Let the fast path serve what ``dispatch`` does, from the next call on."""
+        if dispatch.native is None or native.module is None:
+            return
+        problem = dispatch.plan.problem
+        fast = generation.fast.get(self.op) or generation.fast.setdefault(self.op, native.module.Direct(F.linear))
+
+        def failed(
+            rule: int, error: Exception, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        ) -> torch.Tensor:
+            return dispatch.failed(rule, error, F.linear, x, weight, bias)
+
+        codes, has_bias = native.CODES[DTYPES[problem.trait("dtype")]], problem.trait("bias") == "yes"
+        fast.add(codes, has_bias, problem.dim("n"), problem.dim("k"), dispatch.native, failed)
+
+    def question(self, form: str, weight: torch.Tensor, bias: torch.Tensor | None, epilogue: str) -> Question:
+        """What to ask a table for, for this weight."""
         traits = {
             "dtype": DTYPE_NAMES[weight.dtype],
             "bias": "no" if bias is None else "yes",
             "epilogue": epilogue,
         }
-        return self.runtime.plan(self.op, form, traits, {"n": weight.shape[0], "k": weight.shape[1]})
+        return Question(self.op, form, traits, {"n": weight.shape[0], "k": weight.shape[1]})
 
     def prepare(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, epilogue: str = "none"
@@ -128,7 +154,7 @@ class LinearServer(Server):
         if found is None:
             return []
         name, linear, activation, epilogue = found
-        plan = self.plan("prepared", linear.weight, linear.bias, epilogue)
+        plan = self.plan(self.question("prepared", linear.weight, linear.bias, epilogue))
         if not plan.changes_anything:
             return []
         layer = PreparedLinear(self, linear.weight, linear.bias, epilogue)
@@ -152,7 +178,7 @@ class LinearServer(Server):
         layer = made.get(linear)
         if layer is None:
             epilogue = linear.epilogue if isinstance(linear, ActivatedLinear) else "none"
-            plan = self.plan("prepared", linear.weight, linear.bias, epilogue)
+            plan = self.plan(self.question("prepared", linear.weight, linear.bias, epilogue))
             shape = f"n={linear.weight.shape[0]} k={linear.weight.shape[1]} {linear.weight.dtype}"
             if plan.find is None:
                 return Swap(where, self.op, False, f"{shape} is not in the table")
@@ -180,15 +206,32 @@ class PreparedLinear(PreparedModule):
     ) -> None:
         self.__dict__["epilogue"] = epilogue  # before the base binds, which needs it
         self.__dict__["features"] = weight.shape[1]
-        self.__dict__["adds_residual"] = epilogue == "add"
+        self.__dict__["inputs"] = (2,) if epilogue == "add" else (1,)
         super().__init__(server, weight, bias)
 
-    def plan(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Plan:
-        return self._server.plan("prepared", weight, bias, self.epilogue)
+    def question(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Question | None:
+        return None if self.epilogue == "add" else self._server.question("prepared", weight, bias, self.epilogue)
+
+    def fused_question(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Question | None:
+        return self._server.question("prepared", weight, bias, "add") if self.epilogue == "add" else None
+
+    @property
+    def function(self) -> Callable[..., torch.Tensor] | None:
+        return F.linear if self.epilogue == "none" else None
 
     def row_bytes(self) -> int:
         n, k = self.weight.shape
         return (n | k) * self.weight.element_size()
+
+    @property
+    def setting(self) -> str:
+        return self.epilogue
+
+    def traced(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        if not fits(x, self.weight, self.bias, residual):
+            return None
+        epilogue = "none" if self.epilogue == "add" else self.epilogue
+        return LINEAR(x, self.weight, self.bias, epilogue, residual, True, self._server.runtime.name)
 
     def framework(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias)

@@ -9,9 +9,11 @@ from torch import nn
 
 from dks.dispatch.ambient import is_compiling, tensor_objection, transform_objection
 from dks.dispatch.ops.paged_attention.gather import attend
+from dks.dispatch.ops.paged_attention.traced import PAGED_ATTENTION
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+from dks.dispatch.runtime import Swap
+from dks.dispatch.served import DTYPE_NAMES, Question, Server, tensors_objection
+from dks.dispatch.traced import on_cpu, takes, wanted
 
 INTS = (torch.int32, torch.int64)
 
@@ -47,7 +49,8 @@ class PagedAttentionServer(Server):
         Raises:
             TypeError: an argument is no tensor, or block_table or lengths hold no int32 or int64.
             ValueError: shapes that do not fit each other, a length or a page that is not there. Under
-                ``torch.compile``, function transforms and on other devices, values are not looked at.
+                function transforms and on other devices, values are not looked at; in a graph they are when
+                it runs.
         """
         if not _fit(q, k_cache, v_cache, block_table, lengths):
             raise _misfit(q, k_cache, v_cache, block_table, lengths)
@@ -57,6 +60,9 @@ class PagedAttentionServer(Server):
             self.count("zero_sized")
             return q.clone()
         reason = _objection(q, k_cache, v_cache, block_table, lengths)
+        if reason is not None and wanted(reason) and takes(q, k_cache, v_cache) and on_cpu(block_table, lengths):
+            y: torch.Tensor = PAGED_ATTENTION(q, k_cache, v_cache, block_table, lengths, scale, self.runtime.name)
+            return y
         readable = reason is None or _are_readable(block_table, lengths)
         room = (0, block_table.shape[1] * page)
         bounds = _check_values(k_cache, block_table, lengths) if readable else room
@@ -68,11 +74,11 @@ class PagedAttentionServer(Server):
             self.count(reason)
             return framework()
 
-        def plan() -> Plan:
+        def question() -> Question:
             statics = {"h": h, "hkv": hkv, "d": d, "page": page}
-            return self.runtime.plan(self.op, "direct", {"dtype": DTYPE_NAMES[q.dtype]}, statics)
+            return Question(self.op, "direct", {"dtype": DTYPE_NAMES[q.dtype]}, statics)
 
-        dispatch = self.direct((q.dtype, h, hkv, d, page), plan, 0)
+        dispatch = self.direct((q.dtype, h, hkv, d, page), question, 0)
         # These are small: kernels see one form of them. The class covers q, the caches and the output.
         rows = q.contiguous()
         table, counts = _plain(block_table), _plain(lengths)

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling
 from dks.dispatch.kernel import Output
-from dks.dispatch.norms import NormServer, rows_objection
+from dks.dispatch.norms import NormServer, rows_objection, rows_traced
+from dks.dispatch.ops.rms_norm.traced import ADD_RMS_NORM, RMS_NORM, add_and_normalize, normalize
 from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Plan
-from dks.dispatch.served import DTYPE_NAMES, residual_objection
+from dks.dispatch.served import DTYPE_NAMES, Question, residual_objection
+from dks.dispatch.traced import takes, wanted
 
 
 class RMSNormServer(NormServer):
@@ -53,21 +53,25 @@ class RMSNormServer(NormServer):
         if reason is None and residual is not None:
             reason = residual_objection(residual, x, x.shape[-1])
         if reason is not None:
+            if wanted(reason) and _traceable(x, normalized_shape, weight, residual):
+                return _traced(x, normalized_shape, weight, eps, residual, False, self.runtime.name)
             self.runtime.counters.add(self.op, reason)
             return framework()
         n, fused = x.shape[-1], residual is not None
         key = (x.dtype, weight is None, fused, n)
-        dispatch = self.direct(key, lambda: self.plan("direct", x.dtype, n, weight, fused), 2)
+        dispatch = self.direct(key, lambda: self.question("direct", x.dtype, n, weight, fused), 2)
         tensors = [t for t in (x, residual) if t is not None]
         addresses = [t.data_ptr() for t in (*tensors, weight) if t is not None]
         align = alignment(n * x.element_size(), *addresses)
         return dispatch.serve(framework, align, (x.numel() // n,), *tensors, weight, eps)
 
-    def plan(self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None, fused: bool = False) -> Plan:
-        """The table's plan for rows of ``n`` elements, ``fused`` with the addition of a residual."""
+    def question(
+        self, form: str, dtype: torch.dtype, n: int, weight: torch.Tensor | None, fused: bool = False
+    ) -> Question:
+        """What to ask a table for, for rows of ``n`` elements, ``fused`` with the addition of a residual."""
         affine, residual = ("yes" if given else "no" for given in (weight is not None, fused))
         traits = {"dtype": DTYPE_NAMES[dtype], "affine": affine, "residual": residual}
-        return self.runtime.plan(self.op, form, traits, {"n": n})
+        return Question(self.op, form, traits, {"n": n})
 
     def prepare(self, weight: torch.Tensor, eps: float | None = None) -> PreparedRMSNorm:
         """A module that dispatches: layer(x (..., n)) -> y (..., n), layer(x, residual) -> (y, h), weight (n,).
@@ -91,6 +95,7 @@ class PreparedRMSNorm(PreparedModule):
 
     weight: nn.Parameter
     eps: float | None
+    inputs = (1, 2)
     _server: RMSNormServer
 
     def __init__(self, server: RMSNormServer, weight: torch.Tensor, eps: float | None) -> None:
@@ -98,34 +103,20 @@ class PreparedRMSNorm(PreparedModule):
         self.__dict__["features"] = weight.shape[0]
         super().__init__(server, weight, None)
 
-    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        """input (..., n) -> y (..., n); with a residual of the same shape (y, h), where h = input + residual and
-        y is of h."""
-        if residual is None:
-            return super().forward(input)
+    @property
+    def setting(self) -> float | None:
+        return self.eps
 
-        def framework(*_: Any) -> Output:
-            return _framework(input, (self.features,), self.weight, self.eps, residual)
+    def traced(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        if not _traceable(x, (self.features,), self.weight, residual):
+            return None
+        return _traced(x, (self.features,), self.weight, self.eps, residual, True, self._server.runtime.name)
 
-        binding = self._binding
-        if is_compiling():
-            reason: str | None = "compiling"
-        elif binding is None or binding.fused is None:
-            reason = self._unbound
-        else:
-            reason = binding.objection(input, residual, self._parameters.get("weight"), None)
-            if reason is None:
-                bits = input.data_ptr() | residual.data_ptr() | binding.row_bits
-                rows = input.numel() // self.features
-                return binding.fused.serve(framework, bits & -bits, (rows,), input, residual)
-        self._server.count(str(reason))
-        return framework()
+    def question(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Question:
+        return self._server.question("prepared", weight.dtype, self.features, weight)
 
-    def plan(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Plan:
-        return self._server.plan("prepared", weight.dtype, self.features, weight)
-
-    def fused_plan(self, weight: torch.Tensor) -> Plan:
-        return self._server.plan("prepared", weight.dtype, self.features, weight, fused=True)
+    def fused_question(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Question:
+        return self._server.question("prepared", weight.dtype, self.features, weight, fused=True)
 
     def constants(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> tuple[object, ...]:
         return (weight, self.eps)
@@ -133,8 +124,8 @@ class PreparedRMSNorm(PreparedModule):
     def row_bytes(self) -> int:
         return self.features * self.weight.element_size()
 
-    def framework(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (self.features,), self.weight, self.eps)
+    def framework(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Output:
+        return _framework(x, (self.features,), self.weight, self.eps, residual)
 
     def plain(self) -> nn.RMSNorm:
         layer = nn.RMSNorm.__new__(nn.RMSNorm)
@@ -147,6 +138,31 @@ class PreparedRMSNorm(PreparedModule):
         return f"n={self.features} eps={self.eps}"
 
 
+def _traceable(x: Any, normalized_shape: Any, weight: torch.Tensor | None, residual: torch.Tensor | None) -> bool:
+    """Whether a traced call belongs in the graph as the table's operator."""
+    if not rows_traced(x, normalized_shape, weight):
+        return False
+    return residual is None or (takes(x, residual) and residual.shape == x.shape)
+
+
+def _traced(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    eps: float | None,
+    residual: torch.Tensor | None,
+    prepared: bool,
+    table: str,
+) -> Output:
+    if residual is None:
+        y: torch.Tensor = RMS_NORM(x, normalized_shape, weight, eps, prepared, table)
+        return y
+    both: tuple[torch.Tensor, torch.Tensor] = ADD_RMS_NORM(
+        x, residual, normalized_shape, weight, eps, prepared, table
+    )
+    return both
+
+
 def _framework(
     x: torch.Tensor,
     normalized_shape: Sequence[int],
@@ -155,6 +171,5 @@ def _framework(
     residual: torch.Tensor | None,
 ) -> Output:
     if residual is None:
-        return F.rms_norm(x, normalized_shape, weight, eps)
-    h = x + residual
-    return F.rms_norm(h, normalized_shape, weight, eps), h
+        return normalize(x, normalized_shape, weight, eps)
+    return add_and_normalize(x, residual, normalized_shape, weight, eps)

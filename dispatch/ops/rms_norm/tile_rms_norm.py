@@ -8,7 +8,7 @@ import torch
 
 from dks.dispatch.kernel import DTYPES, Kernel, Launch, Params
 from dks.dispatch.problem import Precision, Problem
-from dks.dispatch.tiles import library, threads
+from dks.dispatch.tiles import launch, library, threads
 from dks.dispatch.tiles.isa import ELEMENTS, ISAS, VECTORS
 from dks.dispatch.tiles.unit import Unit
 
@@ -40,20 +40,8 @@ def rms_norm(isa: str) -> Kernel:
         # torch takes float32's epsilon for 16-bit types too: it computes in float32.
         least = torch.finfo(torch.float32).eps if eps is None else eps
         constant = library.Norm(None if kept is None else kept.data_ptr(), None, n, least, dict(params)["t"])
-        call, given, empty_like = library.function(unit(problem, params)), ctypes.byref(constant), torch.empty_like
-
-        # What the address points to must outlive the function: its defaults hold it.
-        def run(x: torch.Tensor, _kept: object = kept) -> torch.Tensor:
-            y = empty_like(x)
-            call(given, x.data_ptr(), None, y.data_ptr(), None, x.numel() // n)
-            return y
-
-        def fused(x: torch.Tensor, r: torch.Tensor, _kept: object = kept) -> tuple[torch.Tensor, torch.Tensor]:
-            y, h = empty_like(x), empty_like(x)
-            call(given, x.data_ptr(), r.data_ptr(), y.data_ptr(), h.data_ptr(), x.numel() // n)
-            return y, h
-
-        return fused if problem.trait("residual") == "yes" else run
+        adds = problem.trait("residual") == "yes"
+        return launch.norm(unit(problem, params), constant, dtype, (kept,), adds=adds)
 
     return Kernel(
         id=f"tile.rms_norm_{isa}",

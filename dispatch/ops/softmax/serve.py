@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling
+from dks.dispatch.ops.softmax.traced import SOFTMAX
 from dks.dispatch.problem import alignment
-from dks.dispatch.runtime import Plan, Swap
-from dks.dispatch.served import DTYPE_NAMES, Server, tensors_objection
+from dks.dispatch.runtime import Swap
+from dks.dispatch.served import DTYPE_NAMES, Question, Server, tensors_objection
+from dks.dispatch.traced import takes, wanted
 
 
 class SoftmaxServer(Server):
@@ -29,14 +31,17 @@ class SoftmaxServer(Server):
 
         reason = "compiling" if is_compiling() else _objection(x, dim)
         if reason is not None:
+            if wanted(reason) and takes(x) and type(dim) is int and -x.dim() <= dim < x.dim():
+                y: torch.Tensor = SOFTMAX(x, dim, self.runtime.name)
+                return y
             self.runtime.counters.add(self.op, reason)
             return framework(x)
         n = x.shape[-1]
-        dispatch = self.direct((x.dtype,), lambda: self._plan(x.dtype), 0)
+        dispatch = self.direct((x.dtype,), lambda: self._question(x.dtype), 0)
         return dispatch.serve(framework, alignment(x.data_ptr()), (x.numel() // n, n), x)
 
-    def _plan(self, dtype: torch.dtype) -> Plan:
-        return self.runtime.plan(self.op, "direct", {"dtype": DTYPE_NAMES[dtype]}, {})
+    def _question(self, dtype: torch.dtype) -> Question:
+        return Question(self.op, "direct", {"dtype": DTYPE_NAMES[dtype]}, {})
 
     def swap(self, model: nn.Module) -> list[Swap]:  # noqa: ARG002 - as the base has it
         """Nothing: a table serves the calls that ask it by name."""

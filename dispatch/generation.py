@@ -1,0 +1,127 @@
+"""One generation of a table: what a loaded package holds, and what was made of it in this process.
+
+A runtime serves one generation at a time. Nothing in it changes but its caches, so a call that has taken hold of
+one sees the same table to its end, whatever is loaded meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any
+
+from dks.dispatch import pool
+from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.table import Group, Table
+
+EMPTY = Table((), ())
+
+Find = Callable[..., int]
+
+_serials = count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One group of the table, ready to be asked.
+
+    Attributes:
+        problem: traits and static dims; its dynamic dims are placeholders of 1.
+        find: (alignment in bytes, *dynamic sizes) -> the lookup's number; None where there is no group.
+        candidates: by rule index, of the group's rules that may run here.
+        blocked: why there is no group, or None.
+        group: the group itself.
+        needs: the alignment in bytes that the kernel of each rule of the table needs.
+    """
+
+    problem: Problem
+    find: Find | None = None
+    candidates: Mapping[int, Candidate] = field(default_factory=dict)
+    blocked: str | None = None
+    group: Group | None = None
+    needs: tuple[int, ...] = ()
+
+    def form_bytes(self) -> int:
+        """Bytes that binding the candidates adds to what the caller already holds."""
+        kernels = pool.kernels()
+        return sum(kernels[c.kernel].form_bytes(self.problem) for c in set(self.candidates.values()))
+
+    @property
+    def changes_anything(self) -> bool:
+        """Whether some bin chose another kernel than the framework's own."""
+        default = pool.operator(self.problem.op).default
+        return any(candidate.kernel != default for candidate in self.candidates.values())
+
+
+class Generation:
+    """A table, and why parts of it must not serve here.
+
+    Args:
+        table: rules and groups.
+        refused: why none of it may serve on this machine, or None. The framework then serves all.
+        dead: candidates that must not run here, with the reason (source changed, not available).
+        evidence: the text of the Lut, read only by ``explain``; held, so that going back needs no disk.
+        origin: where it was loaded from, for people.
+        hash: what all ranks of a server must have alike; empty where nothing was loaded.
+
+    Attributes:
+        serial: a number of its own in this process.
+        dispatches: the bound kernels of calls without preparation, by operator and key.
+        fast: the compiled forms of functional calls, by operator.
+    """
+
+    def __init__(
+        self,
+        table: Table = EMPTY,
+        *,
+        refused: str | None = None,
+        dead: Mapping[str, str] | None = None,
+        evidence: str = "",
+        origin: str = "",
+        hash: str = "",
+    ) -> None:
+        self.table = table
+        self.refused = refused
+        self.dead = dict(dead or {})
+        self.evidence = evidence
+        self.origin = origin
+        self.hash = hash
+        self.serial = next(_serials)
+        self.dispatches: dict[tuple[object, ...], Any] = {}
+        self.fast: dict[str, Any] = {}
+        self._groups = {group.key: index for index, group in enumerate(table.groups)}
+        self._plans: dict[tuple[object, ...], Plan] = {}
+        self._needs = tuple(rule.align for rule in table.rules)
+
+    def __str__(self) -> str:
+        what = "a refused table" if self.refused is not None else f"table {self.hash[:12] or 'made by hand'}"
+        return f"{what} of {self.origin}" if self.origin else what
+
+    def plan(self, op: str, form: str, traits: Mapping[str, str], statics: Mapping[str, int]) -> Plan:
+        """The plan for exactly these traits and static dims; cached, never fails."""
+        key = (op, form, tuple(sorted(traits.items())), tuple(statics.items()))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._make_plan(key, op, traits, statics)
+        return plan
+
+    def _make_plan(
+        self, key: tuple[object, ...], op: str, traits: Mapping[str, str], statics: Mapping[str, int]
+    ) -> Plan:
+        dims = {name: statics.get(name, 1) for name in pool.operator(op).dims}
+        problem = Problem.of(op, traits, dims)
+        if self.refused is not None:
+            return Plan(problem, blocked="refused")
+        index = self._groups.get(key)
+        if index is None:
+            return Plan(problem, blocked="unknown_shape")
+        group = self.table.groups[index]
+        used = sorted({rule for cells in group.cells.values() for rule in cells if rule >= 0})
+        candidates = {
+            rule: Candidate.parse(self.table.rules[rule].candidate)
+            for rule in used
+            if self.table.rules[rule].candidate not in self.dead
+        }
+        return Plan(problem, partial(self.table.find, index), candidates, None, group, self._needs)

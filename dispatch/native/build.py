@@ -1,0 +1,67 @@
+"""Compiling the fast path: for a package by dks-codegen, for this machine where kernels are measured."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch.native import BINARY, HERE, SOURCES, digest
+from dks.dispatch.tiles import build
+
+# No path, time or identifier of a build may reach the output: -s drops the names of temporary files, and a
+# second build in another place must give the same bytes.
+FLAGS = (
+    *("-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    *("-Wall", "-Wextra", "-Wfatal-errors", "-s", "-Wl,--build-id=none", "-Wl,--as-needed"),
+)
+
+
+def compile_into(folder: Path) -> str:
+    """Compile the fast path as ``folder``/_dispatch.abi3.so, in one step.
+
+    The same sources and compiler give the same bytes anywhere.
+
+    Returns:
+        Why it failed, or an empty text. A machine that cannot compile is no error: the Python form serves.
+    """
+    compiler, reason = find_compiler()
+    if reason:
+        return reason
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").is_file():
+        return f"no Python.h in {headers}; install Python's development headers"
+    try:
+        with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as name:
+            made = Path(name) / BINARY
+            places = [
+                flag for place in sorted({path.parent for path in SOURCES}) for flag in ("-iquote", str(place))
+            ]
+            command = [*compiler, *FLAGS, f'-DDKS_SOURCE="{digest()}"', *places]
+            command += ["-isystem", str(headers), str(HERE / "module.cpp"), "-o", BINARY]
+            code, output = run_compiler(command, made.parent)
+            if code != 0 or not made.is_file():
+                return failure(compiler, code, output)
+            made.chmod(0o755)
+            made.replace(folder / BINARY)
+    except OSError as error:
+        return f"{folder}: {error.strerror or error}"
+    return ""
+
+
+def cached() -> tuple[Path | None, str]:
+    """(the fast path of this machine, compiled once and kept beside the generated kernels, "") or (None, why)."""
+    if why := build.distrust():
+        return None, why
+    key = hashlib.sha256("\0".join((digest(), *FLAGS, build.compiler_version())).encode()).hexdigest()[:16]
+    folder = build.cache() / f"dispatch-{key}"
+    if not (folder / BINARY).is_file():
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            return None, f"{folder}: {error.strerror or error}"
+        if why := compile_into(folder):
+            return None, why
+    return folder / BINARY, ""
