@@ -24,10 +24,10 @@ def is_timed(row: Measurement | None) -> bool:
 
 
 def exclusion(policy: Policy, problem: Problem, form: str, row: Measurement) -> str:
-    """Why a candidate is outside the policy's limits on ``problem``, or can't serve ``form``; empty where it may."""
+    """Why a policy keeps a candidate out of ``problem``, or it can't serve ``form``; empty where it may."""
     kernel = _kernel(row)
     if not is_timed(row) or row.error is None:
-        return f"{row.status}, and not timed" if row.error is not None else "its error is not known"
+        return "not timed, or its error is not known"
     if row.error > policy.max_error:
         return f"error above the budget of {policy.max_error:g}"
     if form == "direct" and kernel.form:

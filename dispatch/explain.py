@@ -185,7 +185,9 @@ def _told(default: str, evidence: Mapping[str, Any]) -> Story:
     rounds, processes = evidence.get("rounds"), evidence.get("processes")
     counted = f"{rounds} rounds in {processes} process{'es' * (processes != 1)}" if processes else ""
     if evidence.get("ratio") and chosen != default:
-        lines.append(("ratio", f"{_interval(evidence['ratio'])} to the default; {counted}"))
+        lines.append(
+            ("ratio", "; ".join(filter(None, (f"{_interval(evidence['ratio'])} to the default", counted))))
+        )
     elif counted:
         lines.append(("samples", counted))
     if evidence.get("error") is not None:

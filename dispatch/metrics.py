@@ -31,7 +31,7 @@ from dks.dispatch.runtime import Runtime
 STATES: Mapping[str, str] = {
     "failed": "it could not be bound or launched in this process",
     "declined": "it left a call to the framework, whose values it does not compute",
-    "switched_off": "it may not run here: its source changed, or this machine can't run it",
+    "switched_off": "it may not run here (its source changed, or this machine can't run it) or failed too often",
 }
 
 

@@ -1,6 +1,6 @@
 """Which calls the table could not serve well, how often, and the sweep that would measure them.
 
-``note`` is for serving: a look into a dict. ``export`` writes a config that ``dks-profile run`` takes as it is.
+``Misses.of`` is for serving: a look into a dict. ``export`` writes a config that ``dks-profile run`` takes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -23,11 +23,12 @@ from dks.dispatch.reasons import LISTED
 from dks.dispatch.table import Group, Match, Table, find
 
 MOST_KEPT = 4096  # distinct shapes; beyond that a call is counted and its shape forgotten
-MOST_EXPORTED = 256  # problems of one exported sweep: more take hours, and are past what a config may hold
+MOST_EXPORTED = 200  # problems of one exported sweep: more take hours, and are past what a config may hold
 MOST_EDGES = 16  # new sizes of one dim of one weight; more fall in bins of about the same traffic
 
 Sizes = tuple[int, ...]
-_Key = tuple[Problem, Sizes, int, str]
+_Key = tuple[Sizes, int, str]
+Note = Callable[[Sizes, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +57,42 @@ class Misses:
 
     def __init__(self, most: int = MOST_KEPT) -> None:
         self._most = most
-        self._counts: dict[_Key, count[int]] = {}
+        self._counts: dict[tuple[Problem, _Key], count[int]] = {}
         self._others = count()
         self._lock = threading.Lock()
 
-    def note(self, problem: Problem, sizes: Sizes, align: int, reason: str) -> None:
-        """Count one call; a reason that measuring more would not change is left out."""
-        key = (problem, sizes, align, reason)
-        counter = self._counts.get(key)
-        if counter is None:
-            if reason not in LISTED:
-                return
-            counter = self._add(key)
-        next(counter)
+    def of(self, problem: Problem) -> Note:
+        """What counts one call of ``problem``'s traits and static dims: (dynamic sizes, alignment, reason).
 
-    def _add(self, key: _Key) -> count[int]:
+        A reason that measuring more would not change is left out. A shape that came before costs a look into a
+        dict; a problem is hashed for new shapes alone.
+        """
+        known: dict[_Key, count[int]] = {}
+
+        def note(sizes: Sizes, align: int, reason: str) -> None:
+            counter = known.get((sizes, align, reason))
+            if counter is None:
+                if reason not in LISTED:
+                    return
+                key = (sizes, align, reason)
+                counter = self._counter(problem, key)
+                if counter is not self._others:
+                    known[key] = counter
+            next(counter)
+
+        return note
+
+    def _counter(self, problem: Problem, key: _Key) -> count[int]:
         if len(self._counts) >= self._most:  # nothing is ever taken out, so this needs no lock
-            return self._others
+            return self._counts.get((problem, key), self._others)
         with self._lock:
             if len(self._counts) >= self._most:
-                return self._counts.get(key, self._others)
-            return self._counts.setdefault(key, count())
+                return self._counts.get((problem, key), self._others)
+            return self._counts.setdefault((problem, key), count())
 
     def snapshot(self) -> list[Miss]:
         """What was noted so far, the most frequent first; equal ones in an order of their own."""
-        found = [Miss(*key, _seen(counter)) for key, counter in self._counts.copy().items()]
+        found = [Miss(problem, *key, _seen(n)) for (problem, key), n in self._counts.copy().items()]
         return sorted(found, key=lambda m: (-m.calls, m.problem.id, m.sizes, m.align, m.reason))
 
     @property

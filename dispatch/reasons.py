@@ -40,6 +40,7 @@ REASONS: Mapping[str, str] = {
     "dim": "a softmax over another dim than the last",
     "mask": "an attention mask of a kind that no kernel takes",
     "dropout": "attention with dropout",
+    "special": "attention that a model asks for with a cache, a position bias, a cap or uneven heads",
     "unbound": "a prepared layer that is not bound to the generation that serves",
     "weight_changed": "a prepared layer's weight or bias is another one than was bound",
 }

@@ -233,7 +233,7 @@ class Runtime:
         return misses.export(Path(path), sweep, self.name)
 
     def stats(self) -> dict[str, Any]:
-        """Hits, misses and fallbacks since the import.
+        """Hits, misses and fallbacks since the import; ``reasons`` has every name in a sentence.
 
         Returns:
             ``table``: "serving" or "refused: why"; ``generation``: the hash of what serves; ``lookup``:

@@ -24,6 +24,7 @@ from dks.dispatch.table import Match
 
 _Output = TypeVar("_Output", bound=Output)
 
+NEAREST = int(Match.NEAREST)  # an enum's own comparison takes ten times as long
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -46,7 +47,8 @@ class Dispatch:
     """
 
     __slots__ = (
-        "_blocked", "_calls", "_counters", "_failed", "_find", "_hits", "_op", "_runtime", "kernels", "native", "plan",
+        "_blocked", "_calls", "_counters", "_failed", "_find", "_hits", "_note", "_op", "_runtime", "kernels",
+        "native", "plan",
     )  # fmt: skip
 
     def __init__(
@@ -76,6 +78,7 @@ class Dispatch:
         self._failed: Counter[Candidate] = Counter()
         self._runtime = runtime
         self._counters = runtime.counters
+        self._note = runtime.misses.of(plan.problem)
         self._hits = tuple(runtime.counters.counter(self._op, match) for match in MATCH_NAMES)
         self.native = self._compiled(is_framework)
 
@@ -110,8 +113,8 @@ class Dispatch:
             failure = error
         else:
             next(self._hits[code & 3])
-            if code & 3 == Match.NEAREST:
-                self._runtime.misses.note(self.plan.problem, sizes, align, "nearest")
+            if code & 3 == NEAREST:
+                self._note(sizes, align, "nearest")
             return y
         return self.failed(rule, failure, framework, *args)
 
@@ -124,7 +127,8 @@ class Dispatch:
         args: tuple[Any, ...],
     ) -> _Output:
         self._counters.add(self._op, reason)
-        self._runtime.misses.note(self.plan.problem, sizes, align, reason)
+        if reason != "refused":
+            self._note(sizes, align, reason)
         return framework(*args)
 
     def failed(self, rule: int, failure: Exception, framework: Callable[..., _Output], *args: Any) -> _Output:

@@ -50,6 +50,8 @@ def test_build_check_explain(folder: Path, tmp_path: Path) -> None:
     assert command("check", out).returncode == 0
     told = command("explain", out, "linear", "m=17", "n=64", "k=32")
     assert told.returncode == 0 and "mkldnn.linear_packed" in told.stdout and "bin match" in told.stdout
+    assert "m=17..256" in told.stdout and "runner-up" in told.stdout
+    assert "ahead of the default, behind the choice\n" in told.stdout and "torch.addmm" in told.stdout
     less = command("explain", out, "linear", "m=16", "n=64", "k=32", "align=4")
     assert "torch.linear" in less.stdout and "exact match" in less.stdout
     assert "unchanged" in command("build", folder, "-o", out, "--name", "small_table", "--max-error", "1e-5").stdout

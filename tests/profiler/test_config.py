@@ -190,7 +190,7 @@ UNKNOWN_AND_MISSING = [
     (
         "count:",
         "cuont:",
-        "problems[0].cuont: found 'cuont', expected one of dims, traits, count, before, after; did you ",
+        "problems[0].cuont: found 'cuont', expected one of dims, traits, count, sizes, before, after; did you ",
     ),
     ("seconds:", "second:", "measure.second: found 'second', expected one of min_rounds, "),
     ("edges: [1", "of: 3, edges: [1", "6: operators.linear.bins.m.of: found 'of', expected one of scheme, "),
@@ -447,3 +447,48 @@ def test_a_faulty_neighbour_is_named(folder: Path, old: str, new: str, message: 
     with pytest.raises(ConfigError) as error:
         load(folder / "a.yaml")
     assert message in str(error.value)
+
+
+SIZED = "dims: {n: 64, k: 32}\n        sizes: [{dims: {m: 17}, weight: 120}, {dims: {m: 3}, align: 4, weight: 0.5}]"
+
+
+def test_sizes_stand_in_place_of_the_bins(folder: Path) -> None:
+    linear, attention = load(write(good(("dims: {n: 64, k: 32}", SIZED)))).operators
+    found = [(each.problem.dim("m"), each.problem.align, each.weight) for each in linear.problems]
+    assert found == [(17, 64, 240.0), (3, 4, 1.0)], "weight times count, in the order given"
+    assert attention.problems == load(write(GOOD)).operators[1].problems
+    bare = load(write(good(("dims: {n: 64, k: 32}", SIZED), (f"    bins:\n      m: {EDGES}\n", "")))).operators[0]
+    assert bare.problems == linear.problems and bare.bins["m"].edges == (3, 17)
+    assert linear.bins["m"].edges == (1, 8, 32)
+
+
+def test_entries_with_sizes_and_entries_on_bins_are_one_sweep(folder: Path) -> None:
+    (linear,) = load(write(good(("dims: {n: 64, k: 32}", SIZED)) .replace(
+        '    candidates: ["*"]\n', '      - dims: {n: 64, k: 32}\n    candidates: ["*"]\n'
+    ))).restrict(["linear"]).operators  # fmt: skip
+    assert [each.problem.dim("m") for each in linear.problems] == [17, 3, 1, 8, 32]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ("{dims: {}}", "9: operators.linear.problems[0].sizes[0].dims: found no 'm', expected m"),
+        ("{dims: {m: 1, n: 2}}", "sizes[0].dims.n: found 'n', expected one of m; a static dim matches exactly"),
+        ("{dims: {m: 1, x: 2}}", "sizes[0].dims.x: found 'x', expected one of m"),
+        ("{dims: {m: 0}}", "sizes[0].dims.m: found 0, expected a whole number from 1 to 2^40"),
+        ("{m: 1}", "found 'm', expected one of dims, align, weight"),
+        ("{weight: 1}", "sizes[0].dims: found nothing, expected it: this key has no default"),
+        ("{dims: {m: 1}, weight: 0}", "sizes[0].weight: found 0, expected a number from 1e-9 to 1e+15"),
+        ("{dims: {m: 1}, weight: 1.0e+16}", "sizes[0].weight: found "),
+        ("{dims: {m: 1}, align: 3}", "sizes[0].align: found 3, expected a power of two from 1 to 64"),
+        ("3", "sizes[0]: found 3, expected a mapping"),
+    ],
+)
+def test_bad_sizes_are_named(folder: Path, sizes: str, message: str) -> None:
+    entry = ("dims: {n: 64, k: 32}", f"dims: {{n: 64, k: 32}}\n        sizes: [{sizes}]")
+    assert message in refusal(good(entry))
+
+
+def test_sizes_and_a_tie_contradict_each_other(folder: Path) -> None:
+    sizes = "dims: {h: 2, hkv: 2, d: 32}\n        sizes: [{dims: {b: 1, q: 2, kv: 3}}]"
+    assert "found sizes beside a tie" in refusal(good(("dims: {h: 2, hkv: 2, d: 32}", sizes)))
