@@ -18,20 +18,23 @@ class SoftmaxServer(Server):
 
     op = "softmax"
 
-    def call(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    def call(self, x: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
         """``torch.softmax`` for any tensor that it takes; dispatches over the last dim.
 
         Args:
             x: (..., n).
             dim: what to sum over.
+            dtype: what x is first converted to; the framework serves one that is not x's own.
         """
 
         def framework(x: torch.Tensor) -> torch.Tensor:
-            return torch.softmax(x, dim)
+            return torch.softmax(x, dim, dtype)
 
         reason = "compiling" if is_compiling() else _objection(x, dim)
+        if reason is None and dtype is not None and dtype is not x.dtype:
+            reason = "dtype"
         if reason is not None:
-            if wanted(reason) and takes(x) and type(dim) is int and -x.dim() <= dim < x.dim():
+            if wanted(reason) and dtype is None and takes(x) and type(dim) is int and -x.dim() <= dim < x.dim():
                 y: torch.Tensor = SOFTMAX(x, dim, self.runtime.name)
                 return y
             self.runtime.counters.add(self.op, reason)
