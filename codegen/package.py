@@ -107,7 +107,6 @@ def render(lut: Lut, name: str) -> dict[str, str]:
         for op, operator in sorted(pool.operators().items())
     ]
     env = templates()
-    env.filters["literal"] = ascii
     context = {
         "name": name,
         "environment": lut.environment,

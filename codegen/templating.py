@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import jinja2
@@ -9,11 +10,12 @@ import jinja2
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+@lru_cache
 def environment() -> jinja2.Environment:
     """Templates of ``codegen/templates``: a name that is not given is an error, and nothing is escaped.
 
     Filters:
-        cstring, docstring, comment: see the functions of those names.
+        literal, cstring, docstring, comment: see the functions of those names; the first is ``ascii``.
     """
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8"),
@@ -23,6 +25,7 @@ def environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # the output is source code; what is not ours goes through a filter of its own
     )
+    made.filters["literal"] = ascii  # of Python
     made.filters["cstring"] = cstring
     made.filters["docstring"] = docstring
     made.filters["comment"] = comment

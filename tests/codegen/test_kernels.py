@@ -134,6 +134,21 @@ def test_a_library_that_was_tampered_with_is_not_loaded(importable: Path) -> Non
     assert torch.equal(module.linear(x, w), F.linear(x, w))
 
 
+def test_strict_serves_what_is_shipped_and_nothing_else(importable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DKS_STRICT", "1")
+    folder = build(made_lut(), made_rows(), importable, "tiles_strict").folder
+    assert_serves(importlib.import_module("tiles_strict"), 1)
+    monkeypatch.setattr(library, "_shipped", [])
+    del sys.modules["tiles_strict"]
+    (folder / KERNELS).unlink()
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["files"][KERNELS]
+    (folder / MANIFEST).write_text(seal(manifest))
+    symbol = chosen_units(made_lut())[0].symbol
+    with pytest.raises(RuntimeError, match=f"{GENERATED}.*no loaded library has {symbol} made from this source"):
+        importlib.import_module("tiles_strict")
+
+
 def test_without_the_library_the_framework_serves_and_says_why(importable: Path) -> None:
     """A package whose table asks for kernels that it does not bring."""
     folder = build(made_lut(), made_rows(), importable, "tiles_gone").folder
