@@ -33,8 +33,10 @@ _KEYWORDS = frozenset(_WORDS.split())
 # Namespaces and functions that every program has, our own, and what GNU dialects define as macros.
 _TAKEN = frozenset({"dks", "dks_table", "std", "posix", "main", "linux", "unix", "i386"})
 
-# What stands beside the groups' namespaces in the template.
-_BESIDE = frozenset({"Choice", "Group", "choose", "group", "groups", "rules", "table"})
+# What stands beside the groups' namespaces in the templates.
+_BESIDE = frozenset(
+    {"Choice", "Group", "choose", "group", "groups", "kernel_of", "kernels", "package", "rules", "table"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from dks.codegen.certificate import check_regret
 from dks.codegen.compile import compile_extension
 from dks.codegen.cpp import check_namespace, render_header
 from dks.codegen.kernels import chosen_units, describe, ship
+from dks.codegen.launch import compile_library, ship_headers
 from dks.codegen.lut import Lut
 from dks.codegen.templating import environment as templates
 from dks.dispatch import pool
@@ -158,6 +159,8 @@ def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> st
     for file, text in files.items():
         (package / file).write_text(text, encoding="utf-8", newline="\n")
     generation = hashlib.sha256((files["_table.py"] + files["table.hpp"]).encode()).hexdigest()[:16]
+    ship_headers(package, lut, name, generation)
+    library = compile_library(package)
     compiled = compile_extension(package, generation)
     lookup = "compiled" if compiled.path is not None else compiled.reason
     digests = {Candidate.parse(row.candidate).kernel: row.kernel_digest for row in rows}
@@ -170,6 +173,7 @@ def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> st
         "environment": lut.environment.to_dict(),
         "policy": dataclasses.asdict(lut.policy),
         "lookup": lookup,
+        "library": library or "compiled",
         **lut.certificate.to_json(),
         "kernels": {kernel: digests[kernel] for kernel in chosen},
         "files": {path.name: file_digest(path) for path in sorted(package.iterdir()) if path.is_file()},

@@ -62,6 +62,7 @@ struct Table {
   const Rule* rules;
   const Group* groups;
   std::int32_t group_count;
+  std::int32_t rule_count;
 };
 
 // What to run for a call. Without a hit: the caller's own default.
