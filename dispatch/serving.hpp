@@ -128,7 +128,7 @@ template <class G = Generation>
 class Tables {
  public:
   // At most so many generations wait for readers that may still see them; then publish() waits too.
-  static constexpr std::size_t most_dropped = 16;
+  static constexpr std::size_t most_dropped = 64;
 
   // readers: most readers at a time.
   explicit Tables(std::size_t readers = 256) : slots_(readers) {}

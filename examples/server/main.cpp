@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <deque>
 #include <iostream>
+#include <new>
 #include <random>
 #include <sstream>
 #include <string>
@@ -25,11 +26,25 @@
 
 namespace {
 
+// Floats on whole lines of memory: the most aligned calls there are.
+template <class T>
+struct OnLines {
+  using value_type = T;
+  OnLines() = default;
+  template <class U>
+  OnLines(const OnLines<U>&) {}
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* memory, std::size_t) { ::operator delete(memory, std::align_val_t{64}); }
+  bool operator==(const OnLines&) const { return true; }
+  bool operator!=(const OnLines&) const { return false; }
+};
+using Floats = std::vector<float, OnLines<float>>;
+
 // The layer that is served, as a model file would bring it.
 struct Layer {
   std::string traits;
   std::int64_t n = 0, k = 0;
-  std::vector<float> weight, bias;
+  Floats weight, bias;
 };
 
 // A package with the layer bound to it: what is swapped as a whole.
@@ -44,10 +59,10 @@ struct Model : dks::Generation {
 
 using Tables = dks::Tables<Model>;
 
-std::vector<float> normal(std::int64_t count, unsigned seed) {
+Floats normal(std::int64_t count, unsigned seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> draw;
-  std::vector<float> made(static_cast<std::size_t>(count));
+  Floats made(static_cast<std::size_t>(count));
   for (float& value : made) value = draw(random);
   return made;
 }
@@ -77,7 +92,7 @@ void plain(const Layer& layer, const float* x, float* y, std::int64_t m) {
   }
 }
 
-double relative_error(const std::vector<float>& y, const std::vector<float>& wanted, std::size_t count) {
+double relative_error(const Floats& y, const Floats& wanted, std::size_t count) {
   double off = 0, all = 1e-300;
   for (std::size_t i = 0; i < count; ++i) {
     off += (double{y[i]} - wanted[i]) * (double{y[i]} - wanted[i]);
@@ -149,7 +164,7 @@ class Server {
 
   void work() {
     Tables::Reader reader(tables_);
-    std::vector<float> y(static_cast<std::size_t>(most_rows * layer_.n)), wanted(y.size());
+    Floats y(static_cast<std::size_t>(most_rows * layer_.n)), wanted(y.size());
     while (true) {
       std::int64_t m;
       {
@@ -169,7 +184,7 @@ class Server {
     }
   }
 
-  void serve(Tables::Reader& reader, std::int64_t m, std::vector<float>& y, std::vector<float>& wanted) {
+  void serve(Tables::Reader& reader, std::int64_t m, Floats& y, Floats& wanted) {
     const auto call = reader.enter();
     const bool launched = call->linear.run(call, x_.data(), nullptr, y.data(), m);
     if (!launched) plain(layer_, x_.data(), y.data(), m);
@@ -182,7 +197,7 @@ class Server {
 
   const int threads_;
   Layer layer_;
-  std::vector<float> x_;
+  Floats x_;
   Tables tables_;
   std::mutex mutex_;  // guards the four below
   std::condition_variable changed_;
