@@ -71,6 +71,11 @@ class _Group:
     axes: list[_Axis]
     classes: list[_Class]
 
+    @property
+    def fine(self) -> bool:
+        """Whether an octave of some dim holds more edges than are compared one by one."""
+        return any(axis.most > 4 for axis in self.axes)
+
 
 def render_header(name: str, table: Table, lookup_source: str) -> str:
     """The text of ``table.hpp``.

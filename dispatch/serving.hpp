@@ -9,6 +9,7 @@
 #ifndef DKS_SERVING_HPP
 #define DKS_SERVING_HPP
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <memory>
@@ -62,49 +63,53 @@ class Generation {
   std::uint64_t count(std::int32_t group, Outcome outcome) const {
     std::uint64_t sum = 0;
     for (std::size_t reader = 0; reader < readers_; ++reader)
-      sum += counts_[at(reader, group, outcome)].load(std::memory_order_relaxed);
+      sum += of_reader(reader)[row(group) + static_cast<std::size_t>(outcome)].load(std::memory_order_relaxed);
     return sum;
   }
 
  private:
   template <class>
   friend class Tables;
+  static constexpr std::size_t row_size = 16;  // counters of a group, of which `outcomes` are used
 
   // One line of memory is never shared by two readers.
   void reserve(std::size_t readers) {
     if (counts_ != nullptr) throw std::logic_error("publish: found a generation that was published before; use rollback");
-    stride_ = static_cast<std::size_t>((table_->group_count + 1) * outcomes) + 8;
+    stride_ = static_cast<std::size_t>(table_->group_count + 1) * row_size + 8;
     readers_ = readers;
     counts_.reset(new std::atomic<std::uint64_t>[stride_ * readers]());
   }
 
-  std::size_t at(std::size_t reader, std::int32_t group, Outcome outcome) const {
-    return reader * stride_ + static_cast<std::size_t>(group * outcomes + static_cast<std::int32_t>(outcome));
+  std::atomic<std::uint64_t>* of_reader(std::size_t reader) const { return counts_.get() + reader * stride_; }
+
+  // Calls of groups that do not exist are counted behind those that do.
+  std::size_t row(std::int32_t group) const {
+    const auto known = static_cast<std::uint32_t>(table_->group_count);
+    return std::size_t{std::min(static_cast<std::uint32_t>(group), known)} * row_size;
   }
 
   // Only the reader's own thread writes here: no other write can be lost between the load and the store.
-  void note(std::size_t reader, std::int32_t group, Outcome outcome) const {
-    const bool known = group >= 0 && group < table_->group_count;
-    std::atomic<std::uint64_t>& held = counts_[at(reader, known ? group : table_->group_count, outcome)];
+  void note(std::atomic<std::uint64_t>* counts, std::int32_t group, std::int32_t outcome) const {
+    std::atomic<std::uint64_t>& held = counts[row(group) + static_cast<std::size_t>(outcome)];
     held.store(held.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   }
 
-  Choice choose(std::size_t reader, std::int32_t group, const std::int64_t* sizes, std::size_t count,
+  Choice choose(std::atomic<std::uint64_t>* counts, std::int32_t group, const std::int64_t* sizes, std::size_t count,
                 std::int32_t align) const {
-    const Choice choice = dks::choose(*table_, group, sizes, count, align);
-    if (choice.hit && switched_off(choice.rule)) {
-      note(reader, group, Outcome::switched_off);
-      return {"", Match::nearest, -1, false, Miss::unmeasured};
+    const std::int32_t code = ask(*table_, group, sizes, count, align);
+    if (code >= 0 && any_off_.load(std::memory_order_relaxed) && switched_off(code >> 2)) {
+      note(counts, group, static_cast<std::int32_t>(Outcome::switched_off));
+      return choice_of(*table_, miss(Miss::unmeasured));
     }
-    note(reader, group, static_cast<Outcome>(choice.hit ? static_cast<std::int32_t>(choice.match)
-                                                        : 3 + static_cast<std::int32_t>(choice.miss)));
-    return choice;
+    note(counts, group, code >= 0 ? code & 3 : 2 - code);  // a miss is -1 - miss, and the first of them comes third
+    return choice_of(*table_, code);
   }
 
-  void fail(std::size_t reader, std::int32_t group, std::int32_t rule) const {
-    note(reader, group, Outcome::failed);
+  void fail(std::atomic<std::uint64_t>* counts, std::int32_t group, std::int32_t rule) const {
+    note(counts, group, static_cast<std::int32_t>(Outcome::failed));
     std::atomic<std::int32_t>& held = failures_[static_cast<std::size_t>(rule)];
     if (held.load(std::memory_order_relaxed) < allowed_) held.fetch_add(1, std::memory_order_relaxed);
+    if (switched_off(rule)) any_off_.store(true, std::memory_order_relaxed);
   }
 
   const Table* table_;
@@ -113,6 +118,7 @@ class Generation {
   std::int32_t allowed_;
   std::unique_ptr<std::atomic<std::int32_t>[]> failures_;  // by rule
   std::unique_ptr<std::atomic<std::uint64_t>[]> counts_;   // [reader][group][outcome]
+  mutable std::atomic<bool> any_off_{false};
   std::size_t stride_ = 0, readers_ = 0;
 };
 
@@ -156,7 +162,7 @@ class Tables {
     // What dks::choose answers, counted; a rule that was switched off is a miss.
     Choice choose(std::int32_t group, const std::int64_t* sizes, std::size_t count, std::int32_t align) const {
       if (seen_ == nullptr) return {"", Match::nearest, -1, false, Miss::unmeasured};
-      return base().choose(reader_.slot_, group, sizes, count, align);
+      return base().choose(reader_.counts_, group, sizes, count, align);
     }
     Choice choose(std::int32_t group, std::initializer_list<std::int64_t> sizes, std::int32_t align) const {
       return choose(group, sizes.begin(), sizes.size(), align);
@@ -164,10 +170,10 @@ class Tables {
 
     // The kernel of a rule that was chosen failed: the caller serves its default, and the rule is switched off when it
     // has failed too often.
-    void report_failure(std::int32_t group, std::int32_t rule) const { base().fail(reader_.slot_, group, rule); }
+    void report_failure(std::int32_t group, std::int32_t rule) const { base().fail(reader_.counts_, group, rule); }
 
     // Counts why a hit was not launched.
-    void note(std::int32_t group, Outcome outcome) const { base().note(reader_.slot_, group, outcome); }
+    void note(std::int32_t group, Outcome outcome) const { base().note(reader_.counts_, group, static_cast<std::int32_t>(outcome)); }
 
    private:
     const Generation& base() const { return *seen_; }
@@ -196,6 +202,7 @@ class Tables {
       if (depth_++ == 0) {
         tables_.slots_[slot_].epoch.store(tables_.epoch_.load());
         seen_ = tables_.current_.load();
+        if (seen_ != nullptr) counts_ = static_cast<const Generation*>(seen_)->of_reader(slot_);
       }
       return seen_;
     }
@@ -208,6 +215,7 @@ class Tables {
     std::size_t slot_;
     std::int32_t depth_ = 0;
     const G* seen_ = nullptr;
+    std::atomic<std::uint64_t>* counts_ = nullptr;  // of what is seen
   };
 
   // From now on `next` serves; the one before it stays in memory for rollback().
