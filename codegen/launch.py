@@ -18,12 +18,12 @@ from dks.dispatch.compiler import failure, find_compiler, run_compiler
 from dks.dispatch.problem import Candidate, Problem
 
 LAUNCH = "launch.hpp"
-LIBRARY = "_table.so"
+LIBRARY = "_server.so"  # not _table.so: Python would take that for _table.py
 DISPATCH = Path(dks.dispatch.__file__).parent
 HEADERS = ("lookup.hpp", "serving.hpp", "package_data.hpp", "package.hpp", "linear.hpp", "tiles/abi.h")
 """Hand-written headers that lie in each package, so that a server builds from its folder alone."""
 
-_SOURCE = DISPATCH / "table_library.cpp"
+_SOURCE = DISPATCH / "server_library.cpp"
 _FLOATS = {"avx2": 8, "avx512": 16}  # of a vector
 _WIDENED = {"f32": "f32", "w16": "bf16", "w8": "int8"}
 _DOTTED = {"bf16": ("bf16", 2), "i8": ("int8", 4)}  # inputs of one 32-bit lane
@@ -75,15 +75,21 @@ def panels_of(kernel: str, params: dict[str, int]) -> tuple[str, int, int, int]:
 def render_launch(lut: Lut, name: str, generation: str) -> str:
     """The text of ``launch.hpp``."""
     views = [kernel_view(rule) for rule in lut.rules]
-    kernels = sorted({view for view in views if view is not None}, key=lambda view: (view.symbol, view.threads, view.by_rows))
+    kernels = sorted(
+        {view for view in views if view is not None}, key=lambda view: (view.symbol, view.threads, view.by_rows)
+    )
     place = {view: index for index, view in enumerate(kernels)}
-    return templates().get_template("launch.hpp.j2").render(
-        name=name,
-        generation=generation,
-        environment=lut.environment,
-        max_error=float(lut.policy.max_error),
-        kernels=kernels,
-        kernel_of=[-1 if view is None else place[view] for view in views],
+    return (
+        templates()
+        .get_template("launch.hpp.j2")
+        .render(
+            name=name,
+            generation=generation,
+            environment=lut.environment,
+            max_error=float(lut.policy.max_error),
+            kernels=kernels,
+            kernel_of=[-1 if view is None else place[view] for view in views],
+        )
     )
 
 
@@ -95,7 +101,7 @@ def ship_headers(package: Path, lut: Lut, name: str, generation: str) -> None:
 
 
 def compile_library(package: Path) -> str:
-    """Compile ``_table.so`` in a package with its headers; the same package and compiler give the same bytes.
+    """Compile ``_server.so`` in a package with its headers; the same package and compiler give the same bytes.
 
     Returns:
         Why there is none, or an empty text. C++ servers can't open such a package, everybody else can.

@@ -111,10 +111,10 @@ class Package {
     const Closer closer{at};
     check_owner(at, folder);
     const std::string manifest = read(at, folder, "manifest.json");
-    const std::string table = read(at, folder, "_table.so");
-    check_digest(folder, manifest, "_table.so", sha256(table));
+    const std::string table = read(at, folder, "_server.so");
+    check_digest(folder, manifest, "_server.so", sha256(table));
     try {
-      library_ = load(folder + "/_table.so", table, file_);
+      library_ = load(folder + "/_server.so", table, file_);
       bind(at, folder, manifest, threads);
     } catch (...) {
       if (library_ != nullptr) dlclose(library_);
@@ -126,7 +126,7 @@ class Package {
   void bind(int at, const std::string& folder, const std::string& manifest, int threads) {
     using Get = const PackageData* (*)();
     const auto get = reinterpret_cast<Get>(dlsym(library_, "dks_package"));
-    if (get == nullptr) refuse(folder + "/_table.so", "no dks_package", "a library that dks-codegen compiled");
+    if (get == nullptr) refuse(folder + "/_server.so", "no dks_package", "a library that dks-codegen compiled");
     data_ = get();
     if (data_->abi != package_abi)
       refuse(folder, "version " + std::to_string(data_->abi), "version " + std::to_string(package_abi));
