@@ -1,5 +1,5 @@
-"""What a C++ server needs of a package besides the lookup: headers, how to launch what was chosen, and the table as a
-library that can be opened while the server runs."""
+"""What C++ servers need of a package besides the lookup: headers, how to launch what was chosen, and the table as
+a library that can be opened while the server runs."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_each_request_is_served_and_counted_once(server: Path, packages: dict[st
 
 
 def test_packages_are_swapped_and_rolled_back_while_it_serves(server: Path, packages: dict[str, Path]) -> None:
-    one, two = list(packages.values())[0], list(packages.values())[-1]
+    one, *_, two = packages.values()
     generations = [json.loads((p / MANIFEST).read_text())["generation"] for p in (one, two)]
     lines = ["rollback", "trace 200", f"reload {two}", "trace 200", "rollback", "trace 200", "stats", "rollback"]
     stats, said = ask(server, one, lines * 3)
@@ -147,7 +147,7 @@ def test_a_package_that_was_replaced_at_its_path_is_the_new_one(
     server: Path, packages: dict[str, Path], tmp_path: Path
 ) -> None:
     """Loading by path would find the library that is loaded already."""
-    one, two = list(packages.values())[0], list(packages.values())[-1]
+    one, *_, two = packages.values()
     generations = [json.loads((p / MANIFEST).read_text())["generation"] for p in (one, two)]
     link = tmp_path / "package"
     shutil.copytree(one, link)
@@ -206,6 +206,8 @@ FAULTS = {
     "others may write a file": (lambda p: (p / KERNELS).chmod(0o666), "_kernels.so: found that others may write"),
     "another CPU": (another_cpu, "arch: found"),
 }
+if os.geteuid() == 0:  # nobody else can give files away
+    FAULTS["another owner"] = (lambda p: os.chown(p, 12345, -1), "found owner 12345")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
