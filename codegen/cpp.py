@@ -33,8 +33,10 @@ _KEYWORDS = frozenset(_WORDS.split())
 # Namespaces and functions that every program has, our own, and what GNU dialects define as macros.
 _TAKEN = frozenset({"dks", "dks_table", "std", "posix", "main", "linux", "unix", "i386"})
 
-# What stands beside the groups' namespaces in the template.
-_BESIDE = frozenset({"Choice", "Group", "choose", "group", "groups", "rules", "table"})
+# What stands beside the groups' namespaces in the templates.
+_BESIDE = frozenset(
+    {"Choice", "Group", "choose", "group", "groups", "kernel_of", "kernels", "package", "rules", "table"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,11 @@ class _Group:
     static_count: int
     axes: list[_Axis]
     classes: list[_Class]
+
+    @property
+    def fine(self) -> bool:
+        """Whether an octave of some dim holds more edges than are compared one by one."""
+        return any(axis.most > 4 for axis in self.axes)
 
 
 def render_header(name: str, table: Table, lookup_source: str) -> str:

@@ -19,6 +19,7 @@ import torch
 from dks.codegen.certificate import check_regret
 from dks.codegen.cpp import check_namespace, render_header
 from dks.codegen.kernels import chosen_units, describe, ship
+from dks.codegen.launch import compile_library, ship_headers
 from dks.codegen.lut import Lut
 from dks.codegen.templating import environment as templates
 from dks.dispatch import compiler, pool, trust
@@ -163,6 +164,8 @@ def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> st
         (package / file).write_text(text, encoding="utf-8", newline="\n")
     generation = hashlib.sha256((files["_table.py"] + files["table.hpp"]).encode()).hexdigest()[:16]
     lookup = compile_into(package) or "compiled"
+    ship_headers(package, lut, name, generation)
+    library = compile_library(package)
     digests = {Candidate.parse(row.candidate).kernel: row.kernel_digest for row in rows}
     chosen = sorted({Candidate.parse(id).kernel for id in lut.candidates()})
     manifest = {
@@ -174,6 +177,7 @@ def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> st
         "policy": dataclasses.asdict(lut.policy),
         "lookup": lookup,
         "tools": _tools(),
+        "library": library or "compiled",
         **lut.certificate.to_json(),
         "kernels": {kernel: digests[kernel] for kernel in chosen},
         "files": {path.name: file_digest(path) for path in sorted(package.iterdir()) if path.is_file()},

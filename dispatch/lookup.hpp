@@ -56,12 +56,14 @@ struct Group {
   std::int32_t dims;
   const Class* classes;  // largest alignment first
   std::int32_t class_count;
+  bool fine = false;  // whether an octave of some dim holds more than a few edges
 };
 
 struct Table {
   const Rule* rules;
   const Group* groups;
   std::int32_t group_count;
+  std::int32_t rule_count;
 };
 
 // What to run for a call. Without a hit: the caller's own default.
@@ -90,8 +92,8 @@ constexpr std::int32_t alignment(std::uint64_t addresses_and_strides) {
   return static_cast<std::int32_t>(bits & (~bits + 1));
 }
 
-// find() for tables with many edges in an octave, which are few: halves of them are left out first.
-template <bool many>
+// find(); of fine bins, halves are left out until four remain.
+template <bool fine>
 constexpr std::int32_t search(const Group& group, const Rule* rules, const std::int64_t* sizes, std::int32_t align) {
   // What follows a size branches on none but those that are no hit: sizes that come at random would have every other
   // branch guessed wrong, which takes longer than all of this.
@@ -103,8 +105,7 @@ constexpr std::int32_t search(const Group& group, const Rule* rules, const std::
     if (size < 1) return miss(Miss::zero_sized);
     if (size > nearest_reach * last) return miss(Miss::out_of_range);
     std::int32_t index = edges.first[octave_of(size)], left = edges.most;
-    if (!many && left > 4) return search<true>(group, rules, sizes, align);
-    while (many && left > 4) {
+    while (fine && left > 4) {
       const std::int32_t half = left / 2;
       index += half & -static_cast<std::int32_t>(edges.data[index + half - 1] < size);
       left -= half;
@@ -134,7 +135,7 @@ constexpr std::int32_t search(const Group& group, const Rule* rules, const std::
 
 // sizes holds group.dims numbers: the dynamic dims, in the operator's order.
 constexpr std::int32_t find(const Group& group, const Rule* rules, const std::int64_t* sizes, std::int32_t align) {
-  return search<false>(group, rules, sizes, align);
+  return group.fine ? search<true>(group, rules, sizes, align) : search<false>(group, rules, sizes, align);
 }
 
 // Index of the group with exactly this key, -1 where there is none. Looks at every group: ask once a layer,
@@ -152,17 +153,26 @@ constexpr std::int32_t group_of(const Table& table, std::string_view op, std::st
   return -1;
 }
 
-// The choice for a call of one group. A group that does not exist (such as -1), or another number of sizes
-// than it has dynamic dims, is a miss like any other: nothing was measured for such a call.
-constexpr Choice choose(const Table& table, std::int32_t group, const std::int64_t* sizes,
-                        std::size_t count, std::int32_t align) {
+// find() for a call of one group of a table. A group that does not exist (such as -1), or another number of sizes than
+// it has dynamic dims, is a miss like any other: nothing was measured for such a call.
+constexpr std::int32_t ask(const Table& table, std::int32_t group, const std::int64_t* sizes, std::size_t count,
+                           std::int32_t align) {
   const bool known = group >= 0 && group < table.group_count &&
                      static_cast<std::size_t>(table.groups[group].dims) == count;
-  const std::int32_t code =
-      known ? find(table.groups[group], table.rules, sizes, align) : miss(Miss::unmeasured);
+  return known ? find(table.groups[group], table.rules, sizes, align) : miss(Miss::unmeasured);
+}
+
+// What a whole number of find() or ask() says.
+constexpr Choice choice_of(const Table& table, std::int32_t code) {
   if (code < 0) return {"", Match::nearest, -1, false, static_cast<Miss>(-1 - code)};
   const std::int32_t rule = code >> 2;
   return {table.rules[rule].candidate, static_cast<Match>(code & 3), rule, true, Miss::unmeasured};
+}
+
+// The choice for a call of one group: see ask().
+constexpr Choice choose(const Table& table, std::int32_t group, const std::int64_t* sizes, std::size_t count,
+                        std::int32_t align) {
+  return choice_of(table, ask(table, group, sizes, count, align));
 }
 
 }  // namespace dks

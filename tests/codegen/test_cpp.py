@@ -56,6 +56,8 @@ def make_table(seed: int) -> Table:
     groups = []
     for number, (dims, classes) in enumerate(itertools.product(DIMS, CLASSES)):
         edges = tuple(make_edges(rng, top=40 if number % 4 == 0 else 8) for _ in range(dims))
+        if dims == 1 and classes == (64,):  # more edges of one octave than are compared one by one
+            edges = (tuple(sorted(rng.sample(range(129, 257), rng.randint(5, 40)))),)
         cells = {}
         for align in classes:
             fit = [i for i, rule in enumerate(rules) if rule.align <= align]

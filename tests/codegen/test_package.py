@@ -46,9 +46,10 @@ def made_lut() -> Lut:
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds without the extension: a compiler run costs a second and is tested on its own."""
+    """Builds without the compiled forms: a compiler run costs a second and is tested on its own."""
     absent = CompileResult(None, "no C++ compiler: tried g++")
     monkeypatch.setattr(packaging, "compile_extension", lambda folder, generation: absent)
+    monkeypatch.setattr(packaging, "compile_library", lambda folder: absent.reason)
 
 
 @pytest.mark.parametrize("file", ["__init__.py", "_table.py", "table.hpp", "lut.json"])
