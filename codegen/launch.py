@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dks.dispatch
-from dks.codegen.compile import FLAGS
 from dks.codegen.lut import Evidence, Lut
 from dks.codegen.templating import environment as templates
 from dks.dispatch import pool
 from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch.native.build import FLAGS
 from dks.dispatch.problem import Candidate, Problem
 
 LAUNCH = "launch.hpp"

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from dks.codegen.compile import CompileResult
 
 from dks.codegen import package as packaging
-from dks.codegen.compile import CompileResult
 from dks.codegen.launch import LIBRARY
 from dks.codegen.lut import Lut
 from dks.codegen.package import build

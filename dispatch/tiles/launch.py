@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from dks.dispatch import native
-from dks.dispatch.kernel import Declined, Launch
+from dks.dispatch.kernel import Declined, Launch, Run
 from dks.dispatch.tiles import library
 from dks.dispatch.tiles.unit import Unit
 
@@ -16,11 +17,12 @@ Kept = Sequence[torch.Tensor | None]
 """What addresses in the constants point to: held as long as the kernel."""
 
 
-def linear(unit: Unit, constant: library.Linear, dtype: torch.dtype, kept: Kept) -> Launch:
+def linear(unit: Unit, constant: library.Linear, dtype: torch.dtype, kept: Kept) -> Run:
     """run(x (..., k)[, residual (..., n)]) -> (..., n), all of ``dtype`` and contiguous. Raises Missing."""
     function = library.function(unit)
     if native.module is not None:
-        return _native("linear", function, constant, dtype, constant.k, kept)
+        fast: Run = _native("linear", function, constant, dtype, constant.k, kept)
+        return fast
     n, k, address = constant.n, constant.k, ctypes.addressof(constant)
 
     # What the address points to must outlive the function: its defaults hold it.
@@ -40,7 +42,8 @@ def norm(unit: Unit, constant: library.Norm, dtype: torch.dtype, kept: Kept, *, 
     """run(x (..., n)) -> (..., n), or run(x, r) -> (y, x + r) if it ``adds``; all contiguous. Raises Missing."""
     function = library.function(unit)
     if native.module is not None:
-        return _native("norm", function, constant, dtype, constant.n, kept)
+        fast: Launch = _native("norm", function, constant, dtype, constant.n, kept)
+        return fast
     n, given, empty_like = constant.n, ctypes.byref(constant), torch.empty_like
 
     def run(x: torch.Tensor, _kept: object = (constant, kept)) -> torch.Tensor:
@@ -65,10 +68,9 @@ def _native(
     dtype: torch.dtype,
     width: int,
     kept: Kept,
-) -> Launch:
+) -> Any:
     assert native.module is not None
     address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
-    made: Launch = native.module.Kernel(
+    return native.module.Kernel(
         kind, address, bytes(constant), native.CODES[dtype], width, (function, *kept), library.DECLINED
     )
-    return made

@@ -16,9 +16,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from dks.codegen.compile import BINARY, compile_extension
 
 import dks.dispatch
-from dks.codegen.compile import BINARY, compile_extension
 from dks.codegen.cpp import render_header
 from dks.codegen.templating import cstring
 from dks.dispatch import compiler

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from dks.codegen.compile import CompileResult
 
 from dks.codegen import package as packaging
-from dks.codegen.compile import CompileResult
 from dks.codegen.package import build
 from dks.codegen.policy import Policy
 from dks.codegen.select import select

@@ -229,7 +229,9 @@ def served(runtime: Runtime) -> int:
 
 
 def finish(what: str, runtime: Runtime, total: int, wrong: list[str]) -> None:
-    print(f"{what}: {total - len(wrong)} of {total} calls as the framework's, {served(runtime)} served by the table")
+    print(
+        f"{what}: {total - len(wrong)} of {total} calls as the framework's, {served(runtime)} served by the table"
+    )
     assert not wrong, "\n".join(wrong[:20])
     assert total > 0 and served(runtime) > 0 and runtime.failures == {}
 

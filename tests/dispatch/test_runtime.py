@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,7 +133,7 @@ def test_explain_shows_the_evidence() -> None:
     evidence = [{"reason": f"rule {i} was measured", "ratio": [1.5, 1.4, 1.6]} for i in range(3)]
     choice = made(evidence=json.dumps({"rules": evidence})).explain("linear", m=8, n=N, k=K)
     assert choice.reason == "rule 2 was measured" and choice.rule == evidence[2]
-    assert "ratio: [1.5, 1.4, 1.6]" in str(choice)
+    assert "1.500x [1.400, 1.600] to the default" in str(choice)
 
 
 def test_each_outcome_is_counted_and_says_what_explain_says() -> None:

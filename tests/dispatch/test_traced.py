@@ -16,6 +16,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dks.dispatch import traced
+from dks.dispatch.generation import Generation
 from dks.dispatch.ops.attention.traced import ATTENTION
 from dks.dispatch.ops.layer_norm.traced import LAYER_NORM
 from dks.dispatch.ops.linear.traced import LINEAR

@@ -18,7 +18,7 @@ def fits(q: Any, k: Any, v: Any, mask: Any, dropout: float) -> bool:
         return False
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         return False
-    return q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    return bool(q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3])
 
 
 def _framework(
@@ -33,7 +33,7 @@ def _framework(
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
 
 
-def _serve(  # noqa: PLR0917 - as the schema has them
+def _serve(  # noqa: PLR0913, PLR0917 - as the schema has them
     server: Any,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -59,8 +59,8 @@ def _fake(q: torch.Tensor, *_: object) -> torch.Tensor:
 
 ATTENTION = define(
     "attention",
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, bool enable_gqa, str table)"
-    " -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, bool enable_gqa, "
+    "str table) -> Tensor",
     _framework,
     _serve,
     _fake,

@@ -22,7 +22,7 @@ def _framework(
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
-def _serve(  # noqa: PLR0917 - as the schema has them
+def _serve(  # noqa: PLR0913, PLR0917 - as the schema has them
     server: Any,
     x: torch.Tensor,
     shape: Sequence[int],

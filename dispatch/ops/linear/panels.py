@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dks.dispatch.kernel import DTYPES, Launch, Params
+from dks.dispatch.kernel import DTYPES, Params, Run
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
 from dks.dispatch.problem import Problem
 from dks.dispatch.tiles import launch, library, threads
@@ -78,7 +78,7 @@ def bound(
     *,
     scale: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
-) -> Launch:
+) -> Run:
     """The run of a generated kernel.
 
     Args:

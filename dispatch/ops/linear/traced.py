@@ -33,7 +33,7 @@ def _framework(
     return finish(F.linear(x, weight, bias), "add" if residual is not None else epilogue, residual)
 
 
-def _serve(  # noqa: PLR0917 - as the schema has them
+def _serve(  # noqa: PLR0913, PLR0917 - as the schema has them
     server: Any,
     x: torch.Tensor,
     weight: torch.Tensor,

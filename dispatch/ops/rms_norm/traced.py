@@ -35,7 +35,7 @@ def add_and_normalize(
     return F.rms_norm(h, shape, weight, eps), h
 
 
-def _serve(
+def _serve(  # noqa: PLR0913, PLR0917 - as the schema has them
     server: Any,
     x: torch.Tensor,
     shape: Sequence[int],
@@ -51,7 +51,7 @@ def _serve(
     return server.call(x, shape, weight, eps)
 
 
-def _serve_sum(  # noqa: PLR0917 - as the schema has them
+def _serve_sum(  # noqa: PLR0913, PLR0917 - as the schema has them
     server: Any,
     x: torch.Tensor,
     residual: torch.Tensor,
