@@ -32,7 +32,7 @@ Note = Callable[[Sizes, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Miss:
+class Missed:
     """A kind of call, and how often it came.
 
     Attributes:
@@ -90,9 +90,9 @@ class Misses:
                 return self._counts.get((problem, key), self._others)
             return self._counts.setdefault((problem, key), count())
 
-    def snapshot(self) -> list[Miss]:
+    def snapshot(self) -> list[Missed]:
         """What was noted so far, the most frequent first; equal ones in an order of their own."""
-        found = [Miss(problem, *key, _seen(n)) for (problem, key), n in self._counts.copy().items()]
+        found = [Missed(problem, *key, _seen(n)) for (problem, key), n in self._counts.copy().items()]
         return sorted(found, key=lambda m: (-m.calls, m.problem.id, m.sizes, m.align, m.reason))
 
     @property
@@ -127,7 +127,7 @@ class Sweep:
         return sum(map(len, self.shapes.values()))
 
 
-def plan(misses: Iterable[Miss], table: Table, others: int = 0, most: int = MOST_EXPORTED) -> Sweep:
+def plan(misses: Iterable[Missed], table: Table, others: int = 0, most: int = MOST_EXPORTED) -> Sweep:
     """What to measure so that ``table``, with it, serves these calls by evidence of their own.
 
     A size inside the table's bins is measured at its bin's upper edge, so that a new alignment or cell fits the
@@ -168,7 +168,7 @@ def _group(table: Table, problem: Problem) -> Group | None:
     return next((g for g in table.groups if (g.op, g.traits, g.statics) == wanted), None)
 
 
-def _unmeasurable(miss: Miss) -> str:
+def _unmeasurable(miss: Missed) -> str:
     """Why no sweep takes it, as the rest of a line; empty where one does."""
     operator = pool.operator(miss.problem.op)
     for name, value in miss.problem.traits:
@@ -180,7 +180,7 @@ def _unmeasurable(miss: Miss) -> str:
     return "" if all(1 <= size <= MAX_DIM for size in miss.sizes) else "with a size outside 1..2^40"
 
 
-def _served(table: Table, group: Group | None, miss: Miss) -> str:
+def _served(table: Table, group: Group | None, miss: Missed) -> str:
     code = -1 if group is None else find(group, table.rules, miss.sizes, miss.align)
     return "that the table serves by now" if code >= 0 and code & 3 != Match.NEAREST else ""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dks.dispatch.generation import Generation
-from dks.dispatch.misses import MOST_EDGES, MOST_EXPORTED, Miss, Misses, export, plan, render
+from dks.dispatch.misses import MOST_EDGES, MOST_EXPORTED, Missed, Misses, export, plan, render
 from dks.dispatch.problem import Problem
 from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Rule, Table
@@ -38,7 +38,7 @@ def noted(misses: Misses) -> dict[tuple[str, tuple[int, ...], int], int]:
 
 
 def shapes(
-    found: list[Miss], table: Table = TABLE, most: int = MOST_EXPORTED
+    found: list[Missed], table: Table = TABLE, most: int = MOST_EXPORTED
 ) -> dict[tuple[Problem, tuple[int, ...], int], int]:
     sweep = plan(found, table, most=most)
     return {(p, *shape): sum(why.values()) for p, held in sweep.shapes.items() for shape, why in held.items()}
@@ -114,12 +114,12 @@ def test_a_refused_table_notes_nothing() -> None:
 
 def test_a_size_inside_the_bins_is_measured_at_its_edge_and_one_beyond_as_it_came() -> None:
     found = [
-        Miss(PROBLEM, (5,), 4, "nearest", 3),
-        Miss(PROBLEM, (7,), 4, "nearest", 4),
-        Miss(PROBLEM, (100,), 64, "nearest", 5),
-        Miss(SOFTMAX, (3, 60), 64, "unmeasured", 6),
-        Miss(SOFTMAX, (3, 600), 64, "out_of_range", 7),
-        Miss(NEW, (5,), 64, "unknown_shape", 8),
+        Missed(PROBLEM, (5,), 4, "nearest", 3),
+        Missed(PROBLEM, (7,), 4, "nearest", 4),
+        Missed(PROBLEM, (100,), 64, "nearest", 5),
+        Missed(SOFTMAX, (3, 60), 64, "unmeasured", 6),
+        Missed(SOFTMAX, (3, 600), 64, "out_of_range", 7),
+        Missed(NEW, (5,), 64, "unknown_shape", 8),
     ]
     assert shapes(found) == {
         (PROBLEM, (8,), 4): 7,
@@ -131,7 +131,7 @@ def test_a_size_inside_the_bins_is_measured_at_its_edge_and_one_beyond_as_it_cam
 
 
 def test_many_sizes_fall_in_bins_and_no_call_is_lost() -> None:
-    found = [Miss(NEW, (m,), 64, "unknown_shape", 1 + m % 3) for m in range(1, 401)]
+    found = [Missed(NEW, (m,), 64, "unknown_shape", 1 + m % 3) for m in range(1, 401)]
     kept = shapes(found)
     sizes = sorted(sizes[0] for _, sizes, _ in kept)
     assert len(sizes) == MOST_EDGES and sizes[-1] == 400 and set(sizes) <= set(range(1, 401))
@@ -140,7 +140,7 @@ def test_many_sizes_fall_in_bins_and_no_call_is_lost() -> None:
 
 
 def test_the_most_frequent_are_kept_and_the_rest_is_said() -> None:
-    found = [Miss(NEW, (m,), 64, "unknown_shape", 10 * m) for m in range(1, 6)]
+    found = [Missed(NEW, (m,), 64, "unknown_shape", 10 * m) for m in range(1, 6)]
     assert shapes(found, most=2) == {(NEW, (5,), 64): 50, (NEW, (4,), 64): 40}
     assert plan(found, TABLE, most=2).left == ("60 calls of shapes less frequent than the first 2",)
 
@@ -154,9 +154,9 @@ def test_what_no_sweep_takes_or_the_table_serves_by_now_is_left_and_said() -> No
     )
     sweep = plan(
         [
-            Miss(half, (5,), 64, "unknown_shape", 2),
-            Miss(heads, (1, 1, 1), 64, "unknown_shape", 3),
-            Miss(PROBLEM, (5,), 64, "misaligned", 4),  # before a reload
+            Missed(half, (5,), 64, "unknown_shape", 2),
+            Missed(heads, (1, 1, 1), 64, "unknown_shape", 3),
+            Missed(PROBLEM, (5,), 64, "misaligned", 4),  # before a reload
         ],
         TABLE,
     )
@@ -173,10 +173,10 @@ def weighted(path: Path) -> dict[str, float]:
 
 def test_the_written_config_is_a_sweep_with_the_same_weights(tmp_path: Path) -> None:
     found = [
-        Miss(PROBLEM, (5,), 4, "misaligned", 3),
-        Miss(PROBLEM, (300,), 64, "out_of_range", 41),
-        Miss(NEW, (17,), 32, "unknown_shape", 2**40),
-        Miss(SOFTMAX, (3, 600), 64, "out_of_range", 7),
+        Missed(PROBLEM, (5,), 4, "misaligned", 3),
+        Missed(PROBLEM, (300,), 64, "out_of_range", 41),
+        Missed(NEW, (17,), 32, "unknown_shape", 2**40),
+        Missed(SOFTMAX, (3, 600), 64, "out_of_range", 7),
     ]
     path = tmp_path / "misses.yaml"
     assert export(path, plan(found, TABLE), "pkg.Minilm-é") == 4
@@ -199,7 +199,7 @@ def test_the_written_config_is_a_sweep_with_the_same_weights(tmp_path: Path) -> 
 def test_the_largest_config_is_within_what_a_config_may_hold(tmp_path: Path) -> None:
     traits = {"dtype": "float32", "mask": "none", "causal": "no", "layout": "bshd"}
     found = [
-        Miss(
+        Missed(
             Problem.of("attention", traits, {"b": 1, "q": 1, "kv": 1, "h": h, "hkv": h, "d": 64}),
             (8, 100000, 100000), 64, "unknown_shape", 10**9,
         )
@@ -219,5 +219,5 @@ def test_nothing_is_written_where_nothing_was_missed(tmp_path: Path) -> None:
 
 
 def test_reasons_of_one_shape_add_up() -> None:
-    found = [Miss(PROBLEM, (100,), 64, "nearest", 5), Miss(PROBLEM, (100,), 64, "out_of_range", 2)]
+    found = [Missed(PROBLEM, (100,), 64, "nearest", 5), Missed(PROBLEM, (100,), 64, "out_of_range", 2)]
     assert plan(found, TABLE).shapes == {PROBLEM: {((100,), 64): Counter(nearest=5, out_of_range=2)}}
