@@ -1,4 +1,4 @@
-"""PyTorch's own samples of the operators, every dtype that it lists for CPUs, through the dispatcher: in every state
+"""PyTorch's own samples of the operators, every dtype that it lists for CPUs, through the dispatcher. In every state
 of a thread and kind of tensor, the answer is the framework's, or its error.
 
 The tables here send all they can to other kernels than the framework's own.

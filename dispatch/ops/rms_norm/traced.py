@@ -35,7 +35,7 @@ def add_and_normalize(
     return F.rms_norm(h, shape, weight, eps), h
 
 
-def _serve(  # noqa: PLR0913, PLR0917 - as the schema has them
+def _serve(
     server: Any,
     x: torch.Tensor,
     shape: Sequence[int],
