@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from dks.codegen.compile import CompileResult
+
 
 from dks.codegen import package as packaging
 from dks.codegen.launch import LIBRARY

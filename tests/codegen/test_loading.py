@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from dks.codegen.compile import CompileResult
+
 
 from dks.codegen import package as packaging
 from dks.codegen.package import build

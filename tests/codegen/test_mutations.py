@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dks.codegen.compile import CompileResult
+
 
 from dks.codegen import package as packaging
 from dks.codegen.package import build

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dks.codegen.compile import CompileResult
+
 
 from dks.codegen import package as packaging
 from dks.codegen.lut import Lut
