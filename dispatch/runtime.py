@@ -278,9 +278,10 @@ class Runtime:
         Returns:
             ``table``: "serving" or "refused: why"; ``lookup``: "compiled" or "python"; ``ops``: by
             operator, ``hits`` by match (exact, bin, nearest) and ``fallbacks`` by reason; each call that
-            returned is counted once, a compiled one once a trace. ``failed``: the last error of each
-            candidate that could not be bound or launched. ``declined``: why each candidate last left a
-            call to the framework.
+            returned is counted once, in compiled and exported graphs too; what such a graph holds as the
+            framework's own operator is counted once a trace, as ``compiling``. ``failed``: the last error
+            of each candidate that could not be bound or launched. ``declined``: why each candidate last
+            left a call to the framework.
         """
         ops: dict[str, Any] = {}
         for op, outcomes in self.counters.snapshot().items():

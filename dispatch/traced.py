@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAMESPACE = "dks"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _runtimes: WeakValueDictionary[str, Runtime] = WeakValueDictionary()
 _layers: WeakValueDictionary[Hashable, PreparedModule] = WeakValueDictionary()
 _missing: set[str] = set()
@@ -66,9 +66,7 @@ def layer_for(
 def _same_memory(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    return (
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype is b.dtype and a.stride() == b.stride()
-    )
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype is b.dtype and a.stride() == b.stride()
 
 
 def wanted(reason: str) -> bool:

@@ -1,4 +1,4 @@
-"""``torch.compile`` and ``torch.export``: the graph holds the table's operators, and asks the table when it runs."""
+"""``torch.compile`` and ``torch.export``: graphs hold the table's operators, and ask the table when they run."""
 
 from __future__ import annotations
 
@@ -292,7 +292,10 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "linear gelu": (LINEAR, (tokens(2)[0], torch.randn(WIDE, N), torch.randn(WIDE), "gelu", None, True, NAME)),
     "linear add": (LINEAR, (tokens(2), torch.randn(N, N), torch.randn(N), "none", tokens(2), False, NAME)),
     "linear of none": (LINEAR, (tokens(2)[:0], torch.randn(WIDE, N), None, "relu", None, False, NAME)),
-    "linear strided": (LINEAR, (tokens(4).transpose(0, 1), torch.randn(N, WIDE).t(), None, "none", None, False, NAME)),
+    "linear strided": (
+        LINEAR,
+        (tokens(4).transpose(0, 1), torch.randn(N, WIDE).t(), None, "none", None, False, NAME),
+    ),
     "linear gradient": (LINEAR, (tokens(2), torch.randn(N, N).requires_grad_(), None, "none", None, False, NAME)),
     "layer_norm": (LAYER_NORM, (tokens(2), [N], torch.rand(N), torch.rand(N), 1e-5, False, NAME)),
     "layer_norm bare": (LAYER_NORM, (tokens(2).transpose(0, 1), [N], None, None, 1e-5, True, NAME)),

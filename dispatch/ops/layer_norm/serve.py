@@ -52,7 +52,8 @@ class LayerNormServer(NormServer):
             reason = "shape"
         if reason is not None:
             if wanted(reason) and rows_traced(x, normalized_shape, weight, bias):
-                return LAYER_NORM(x, normalized_shape, weight, bias, eps, False, self.runtime.name)
+                y: torch.Tensor = LAYER_NORM(x, normalized_shape, weight, bias, eps, False, self.runtime.name)
+                return y
             self.runtime.counters.add(self.op, reason)
             return framework(x, weight, bias, eps)
         n = x.shape[-1]

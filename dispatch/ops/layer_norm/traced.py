@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dks.dispatch.traced import define, layer_for
 
 
-def _framework(  # noqa: PLR0917 - as the schema has them
+def _framework(
     x: torch.Tensor,
     shape: Sequence[int],
     weight: torch.Tensor | None,
@@ -22,16 +22,8 @@ def _framework(  # noqa: PLR0917 - as the schema has them
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
-def _serve(  # noqa: PLR0917 - as the schema has them
-    server: Any,
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    prepared: bool,
-    table: str,
-) -> Any:
+def _serve(server: Any, *arguments: Any) -> Any:
+    x, shape, weight, bias, eps, prepared, table = arguments
     if prepared and weight is not None:
         layer = layer_for(table, server.op, weight, bias, eps)
         if layer is not None:
