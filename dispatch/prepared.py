@@ -267,7 +267,7 @@ class PreparedModule(nn.Module):
                 assert dispatch is not None
                 return dispatch.serve(self.framework, bits & -bits, rows, *given)
         if binding is not None and traced.wanted(str(reason)):
-            y = self.traced(*given)
+            y: torch.Tensor | None = self.traced(*given)
             if y is not None:
                 return y
         self._server.runtime.counters.add(self._server.op, str(reason))

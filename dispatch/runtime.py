@@ -238,7 +238,7 @@ class Runtime:
         Returns:
             ``table``: "serving" or "refused: why"; ``generation``: the hash of what serves; ``lookup``:
             "compiled", or "python: why"; ``ops``: by operator, ``hits`` by match (exact, bin, nearest) and
-            ``fallbacks`` by reason; each call that returned is counted once, a compiled one once a trace.
+            ``fallbacks`` by reason; each call that returned is counted once, also inside compiled graphs.
             ``failed``: the last error of each candidate that could not be bound or launched; ``switched_off``:
             how often each was switched off for failing. ``declined``: why each candidate last left a call to
             the framework.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAMESPACE = "dks"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _runtimes: WeakValueDictionary[str, Runtime] = WeakValueDictionary()
 _layers: WeakValueDictionary[Hashable, PreparedModule] = WeakValueDictionary()
 _missing: set[str] = set()
@@ -151,10 +151,10 @@ def define(
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    _library.impl(name, real, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    _library.impl(name, with_autograd, "Autograd")  # type: ignore[no-untyped-call]
-    _library.impl(name, lambda *args: framework(*args[:-1]), "FuncTorchBatched")  # type: ignore[no-untyped-call]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, real, "CompositeExplicitAutograd")
+    _library.impl(name, with_autograd, "Autograd")
+    _library.impl(name, lambda *args: framework(*args[:-1]), "FuncTorchBatched")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(*args[:-1]), lib=_library)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload

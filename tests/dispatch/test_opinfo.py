@@ -1,5 +1,5 @@
-"""PyTorch's own samples of the operators, every dtype that it lists for CPUs, through the dispatcher. In every state
-of a thread and kind of tensor, the answer is the framework's, or its error.
+"""PyTorch's own samples of the operators, every dtype that it lists for CPUs, through the dispatcher: in every
+state of a thread and for every kind of tensor the answer is the framework's, or its error.
 
 The tables here send all they can to other kernels than the framework's own.
 """
@@ -42,6 +42,16 @@ KERNELS = {
     "softmax": ("torch.softmax",),
 }
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
+seed = torch.default_generator.manual_seed  # torch's own formats a traceback for each kind of device
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The samples are tiny: other threads would only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +163,12 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def outcome(call: Callable[..., Any], sample: Sample, grads: Callable[[], list[torch.Tensor]]) -> Any:
     """What a call returns and the gradients of its sum, or the type of the error it raises."""
-    torch.manual_seed(0)  # for dropout
+    seed(0)  # for dropout
     try:
         y = call(*sample[0], **sample[1])
         if not y.requires_grad:
             return y, []
-        torch.manual_seed(0)
+        seed(0)
         weights = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
         return y, list(torch.autograd.grad(y, grads(), weights, allow_unused=True))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -204,7 +214,7 @@ def cases(infos: list[Any]) -> Iterator[tuple[str, Way, Sample]]:
 
 
 def prepared(op: str, server: Any, sample: Sample) -> tuple[Any, Sample, Callable[..., Any]] | None:
-    """A layer of the sample's constants, what remains to be given, and the framework's call; None without a layer."""
+    """A layer of the sample's constants, what remains to be given, the framework's call; None without a layer."""
     args, options = sample
     if op == "linear":
         x, weight, bias = (*args, None)[:3]

@@ -1,4 +1,4 @@
-"""``torch.compile`` and ``torch.export``: the graph holds the table's operators, and asks the table when it runs."""
+"""``torch.compile`` and ``torch.export``: graphs hold the table's operators, and ask the table when they run."""
 
 from __future__ import annotations
 

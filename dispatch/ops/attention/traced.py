@@ -18,7 +18,8 @@ def fits(q: Any, k: Any, v: Any, mask: Any, dropout: float) -> bool:
         return False
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         return False
-    return bool(q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3])
+    fit: bool = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    return fit
 
 
 def _framework(
@@ -33,17 +34,8 @@ def _framework(
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
 
 
-def _serve(  # noqa: PLR0913, PLR0917 - as the schema has them
-    server: Any,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float | None,
-    gqa: bool,
-    _table: str,
-) -> Any:
+def _serve(server: Any, *arguments: Any) -> Any:
+    q, k, v, mask, causal, scale, gqa, _ = arguments
     return server.call(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
 
 

@@ -22,16 +22,8 @@ def _framework(
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
-def _serve(  # noqa: PLR0913, PLR0917 - as the schema has them
-    server: Any,
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    prepared: bool,
-    table: str,
-) -> Any:
+def _serve(server: Any, *arguments: Any) -> Any:
+    x, shape, weight, bias, eps, prepared, table = arguments
     if prepared and weight is not None:
         layer = layer_for(table, server.op, weight, bias, eps)
         if layer is not None:

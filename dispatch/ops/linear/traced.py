@@ -33,16 +33,8 @@ def _framework(
     return finish(F.linear(x, weight, bias), "add" if residual is not None else epilogue, residual)
 
 
-def _serve(  # noqa: PLR0913, PLR0917 - as the schema has them
-    server: Any,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    epilogue: str,
-    residual: torch.Tensor | None,
-    prepared: bool,
-    table: str,
-) -> Any:
+def _serve(server: Any, *arguments: Any) -> Any:
+    x, weight, bias, epilogue, residual, prepared, table = arguments
     if prepared:
         setting = epilogue if residual is None else "add"
         layer = layer_for(table, server.op, weight, bias, setting)

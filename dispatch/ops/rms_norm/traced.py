@@ -35,15 +35,8 @@ def add_and_normalize(
     return F.rms_norm(h, shape, weight, eps), h
 
 
-def _serve(
-    server: Any,
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    eps: float | None,
-    prepared: bool,
-    table: str,
-) -> Any:
+def _serve(server: Any, *arguments: Any) -> Any:
+    x, shape, weight, eps, prepared, table = arguments
     if prepared and weight is not None:
         layer = layer_for(table, server.op, weight, None, eps)
         if layer is not None:
@@ -51,16 +44,8 @@ def _serve(
     return server.call(x, shape, weight, eps)
 
 
-def _serve_sum(  # noqa: PLR0913, PLR0917 - as the schema has them
-    server: Any,
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None,
-    eps: float | None,
-    prepared: bool,
-    table: str,
-) -> Any:
+def _serve_sum(server: Any, *arguments: Any) -> Any:
+    x, residual, shape, weight, eps, prepared, table = arguments
     if prepared and weight is not None:
         layer = layer_for(table, server.op, weight, None, eps)
         if layer is not None:
