@@ -78,7 +78,7 @@ def open_generation(path: Path) -> Generation:
         native.why = manifest.lookup
     if KERNELS in manifest.files:
         try:
-            library.add(path / KERNELS, manifest.files[KERNELS])
+            library.add(KERNELS, checked(path, manifest, KERNELS), manifest.files[KERNELS])
         except OSError as error:  # each of its kernels is then found to be missing when it is bound
             warnings.warn(f"{path}: {KERNELS} can't be loaded: {error}", RuntimeWarning, stacklevel=3)
     dead = {

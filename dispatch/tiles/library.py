@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,23 @@ _digests: set[str] = set()
 _locate: Locate = _nowhere
 
 
-def add(path: Path, digest: str) -> None:
-    """Load a package's library, unless one of this digest is there. Raises OSError where it can't be loaded."""
-    if digest not in _digests:
-        _shipped.append(ctypes.CDLL(str(path)))
-        _digests.add(digest)
+def add(name: str, data: bytes, digest: str) -> None:
+    """Load a package's library from its bytes, unless one of this digest is there; it stays for good.
+
+    From memory, because the system takes a path that it has loaded before for the same library, whatever lies there
+    since; and what runs is what was checked. Raises OSError where it can't be loaded.
+    """
+    if digest in _digests:
+        return
+    file = os.memfd_create(name)
+    try:
+        with os.fdopen(os.dup(file), "wb") as writer:
+            writer.write(data)
+        _shipped.append(ctypes.CDLL(f"/proc/self/fd/{file}"))
+    except OSError:
+        os.close(file)
+        raise
+    _digests.add(digest)  # the descriptor stays open, so that its number names this library alone
 
 
 def look_in(locate: Locate) -> None:

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-
 from dks.codegen import package as packaging
 from dks.codegen.package import build
 from dks.codegen.policy import Policy
@@ -40,7 +39,7 @@ FIELDS = [field.name for field in dataclasses.fields(Environment)]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A package of this machine without the compiled lookup, on sys.path as ``load_me``; forgotten afterwards."""
-    monkeypatch.setattr(packaging, "compile_extension", lambda *_: CompileResult(None, "not here"))
+    monkeypatch.setattr(packaging, "compile_into", lambda _: "not here")
     monkeypatch.setattr(library, "_locate", library._nowhere)
     monkeypatch.syspath_prepend(tmp_path)
     rows = here(made_rows())
@@ -90,7 +89,7 @@ def test_a_field_that_differs_refuses_the_import(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["_table.cpython-311-x86_64-linux-gnu.so", "_lookup.abi3.so", "extra.py", "torch.so"]
+    "name", ["_table.cpython-311-x86_64-linux-gnu.so", "_dispatch.abi3.so", "extra.py", "torch.so"]
 )
 def test_a_file_that_could_be_imported_and_is_not_its_own_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_text(BOMB)
@@ -150,7 +149,7 @@ def test_a_link_to_a_package_is_refused(folder: Path) -> None:
 
 
 def test_a_package_is_loadable_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packaging, "compile_extension", lambda *_: CompileResult(None, "not here"))
+    monkeypatch.setattr(packaging, "compile_into", lambda _: "not here")
     rows = here(made_rows())
     before = os.umask(0)
     try:

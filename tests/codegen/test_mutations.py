@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-
 from dks.codegen import package as packaging
 from dks.codegen.package import build
 from dks.codegen.select import select
@@ -46,7 +45,7 @@ from tests.mutations import COUNT, RAW, damage, distort, nothing_runs, raw
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package without the compiled lookup."""
-    monkeypatch.setattr(packaging, "compile_extension", lambda *_: CompileResult(None, "not here"))
+    monkeypatch.setattr(packaging, "compile_into", lambda _: "not here")
     return build(made_lut(), made_rows(), tmp_path, "mutated").folder
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 from dks.codegen import package as packaging
 from dks.codegen.lut import Lut
 from dks.codegen.package import build, check_destination, check_package_name, render
@@ -47,9 +46,9 @@ def made_lut() -> Lut:
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds without the compiled forms: a compiler run costs a second and is tested on its own."""
-    absent = CompileResult(None, "no C++ compiler: tried g++")
-    monkeypatch.setattr(packaging, "compile_extension", lambda folder, generation: absent)
-    monkeypatch.setattr(packaging, "compile_library", lambda folder: absent.reason)
+    absent = "no C++ compiler: tried g++"
+    monkeypatch.setattr(packaging, "compile_into", lambda folder: absent)
+    monkeypatch.setattr(packaging, "compile_library", lambda folder: absent)
 
 
 @pytest.mark.parametrize("file", ["__init__.py", "_table.py", "table.hpp", "lut.json"])
@@ -111,7 +110,7 @@ def test_a_build_compiles_checks_out_and_is_left_alone_when_nothing_changed(tmp_
 def test_without_a_compiler_the_python_form_is_built_and_says_so(tmp_path: Path) -> None:
     built = build(made_lut(), made_rows(), tmp_path, "plain")
     assert built.lookup == "no C++ compiler: tried g++"
-    assert not (built.folder / "_lookup.abi3.so").exists()
+    assert not (built.folder / "_dispatch.abi3.so").exists()
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -219,7 +218,7 @@ def test_a_fitting_package_serves_with_the_compiled_lookup(importable: Path) -> 
     module = importlib.import_module("pack_fits")
     stats = module.stats()
     assert stats["table"] == "serving"
-    assert stats["lookup"] == ("compiled" if built.lookup == "compiled" else "python")
+    assert stats["lookup"] == built.lookup == "compiled"
     choice = module.explain("linear", m=17, n=64, k=32)
     assert (choice.match, choice.candidate) == ("bin", "mkldnn.linear_packed")
     assert choice.rule is not None and choice.rule["problem"] == problem(256).id

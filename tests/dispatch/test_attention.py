@@ -321,10 +321,13 @@ def test_bert_with_everything_swapped(transformers: Any, route: Any) -> None:
     from dks.dispatch.runtime import Runtime
     from dks.dispatch.table import Group, Rule, Table
 
+    shapes = [{"n": n, "k": k} for n in (32, 48) for k in (32, 48)]
     parts = [
-        route("attention", (CAST,), SHAPES[:1]).table,
-        route("layer_norm", ("torch.native_layer_norm",), [{"n": H * D}]).table,
-        route("linear", ("mkldnn.linear_packed",), [{"n": n, "k": k} for n in (32, 48) for k in (32, 48)]).table,
+        route("attention", (CAST,), SHAPES[:1]).generation.table,
+        route("layer_norm", ("torch.native_layer_norm",), [{"n": H * D}]).generation.table,
+        route(
+            "linear", ("mkldnn.linear_packed",), [{"n": n, "k": k} for n in (32, 48) for k in (32, 48)]
+        ).generation.table,
     ]
     rules: list[Rule] = []
     groups: list[Group] = []

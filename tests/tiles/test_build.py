@@ -190,9 +190,9 @@ def test_a_library_of_another_version_is_not_called(
     units.source_of.cache_clear()
     build.link([UNIT], tmp_path / "new.so")
     monkeypatch.setattr(library, "_locate", library._nowhere)
-    library.add(tmp_path / "old.so")
+    library.add("old", (tmp_path / "old.so").read_bytes(), "digest of the old")
     assert "no loaded package ships it" in str(library.lack(UNIT))
-    library.add(tmp_path / "new.so")
+    library.add("new", (tmp_path / "new.so").read_bytes(), "digest of the new")
     assert answer(UNIT) == 8
     monkeypatch.setattr(library, "_shipped", library._shipped[::-1])
     assert answer(UNIT) == 8
