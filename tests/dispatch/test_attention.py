@@ -325,9 +325,7 @@ def test_bert_with_everything_swapped(transformers: Any, route: Any) -> None:
     parts = [
         route("attention", (CAST,), SHAPES[:1]).generation.table,
         route("layer_norm", ("torch.native_layer_norm",), [{"n": H * D}]).generation.table,
-        route(
-            "linear", ("mkldnn.linear_packed",), [{"n": n, "k": k} for n in (32, 48) for k in (32, 48)]
-        ).generation.table,
+        route("linear", ("mkldnn.linear_packed",), shapes).generation.table,
     ]
     rules: list[Rule] = []
     groups: list[Group] = []
