@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BUSY ?= 0
 
-.PHONY: help setup setup-demo test soak lint demo bench bench-replay bench-aa bench-agree bench-heldout bench-cpu clean
+.PHONY: help setup setup-demo test soak lint demo bench bench-replay bench-aa bench-agree bench-heldout bench-cpu bench-dispatch clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ bench-heldout: setup ## regret on sizes that no choice was made from, every oper
 
 bench-cpu: setup ## the generated CPU kernels against torch, oneDNN and the machine's own roofs, on one thread
 	$(BIN)/python -m bench.cpu
+
+bench-dispatch: setup ## what choosing and calling cost: compiled, in Python, in C++, and peers
+	$(BIN)/python -m bench.dispatch
 
 clean: ## remove the environment and all results
 	rm -rf $(VENV) runs
