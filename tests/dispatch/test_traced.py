@@ -124,7 +124,6 @@ def test_one_graph_serves_every_batch(runtime: Runtime) -> None:
         assert torch.equal(found, wanted), b
     assert counter.frame_count == 1, "one compilation for all batches"
     assert operators(counter.graphs[0]) >= OPERATORS and fallbacks(runtime) == {}
-    assert compiled(tokens(1)).shape == (1, S, N) and counter.frame_count <= 2, "torch compiles for one anew"
 
 
 def test_inductor(runtime: Runtime) -> None:
