@@ -1,7 +1,7 @@
 """``make bench-dispatch``: what choosing and calling cost, beside what one would do instead.
 
 Blocks are interleaved: in each, everything that is compared runs once, in an order drawn anew, so that a neighbour
-on the machine disturbs all alike. A time is the median over blocks; a ratio is of one pair a block, with its interval.
+on the machine disturbs all alike. A time is the median over blocks, a ratio that of one pair a block.
 """
 
 from __future__ import annotations
