@@ -99,6 +99,11 @@ class Generation:
         what = "a refused table" if self.refused is not None else f"table {self.hash[:12] or 'made by hand'}"
         return f"{what} of {self.origin}" if self.origin else what
 
+    def losses(self) -> list[str]:
+        """A line for each kernel whose entries must not serve here."""
+        found = {Candidate.parse(id).kernel: why for id, why in self.dead.items()}
+        return [f"entries of {kernel} are switched off: {why}" for kernel, why in found.items()]
+
     def plan(self, op: str, form: str, traits: Mapping[str, str], statics: Mapping[str, int]) -> Plan:
         """The plan for exactly these traits and static dims; cached, never fails."""
         key = (op, form, tuple(sorted(traits.items())), tuple(statics.items()))

@@ -54,8 +54,8 @@ def load(package: str, folder: str) -> Runtime:
     else:
         if native.module is None:
             warnings.warn(f"{package}: the Python form serves: {native.why}", RuntimeWarning, stacklevel=3)
-    for kernel, why in {Candidate.parse(id).kernel: why for id, why in generation.dead.items()}.items():
-        warnings.warn(f"{package}: entries of {kernel} are switched off: {why}", RuntimeWarning, stacklevel=3)
+    for line in generation.losses():
+        warnings.warn(f"{package}: {line}", RuntimeWarning, stacklevel=3)
     return Runtime(package, generation, open_generation)
 
 

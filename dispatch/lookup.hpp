@@ -120,17 +120,18 @@ constexpr std::int32_t search(const Group& group, const Rule* rules, const std::
     nearest |= size > last;
     cell = cell * edges.count + index - (size > last);
   }
-  std::int32_t loosest = -1;
+  // Below every class that was measured, the loosest class whose kernel takes such a call all the same.
+  std::int32_t willing = -1;
+  Miss why = Miss::unmeasured;
   for (std::int32_t i = 0; i < group.class_count; ++i) {
     const std::int32_t rule = group.classes[i].cells[cell];
     if (rule < 0) continue;
     if (group.classes[i].align <= align)
       return hit(rule, static_cast<Match>(nearest ? 2 : 1 - exact));
-    loosest = rule;
+    why = Miss::misaligned;
+    if (rules[rule].align <= align) willing = rule;
   }
-  if (loosest < 0) return miss(Miss::unmeasured);
-  if (rules[loosest].align <= align) return hit(loosest, Match::nearest);
-  return miss(Miss::misaligned);
+  return willing < 0 ? miss(why) : hit(willing, Match::nearest);
 }
 
 // sizes holds group.dims numbers: the dynamic dims, in the operator's order.

@@ -34,7 +34,7 @@ _CALLS = frozenset({*_HOOKS, "forward", "_compiled_call_impl"})
 
 
 _OWN = frozenset(
-    {"_bindings", "_dtype", "_fast", "_layer", "_row_bits", "_server", "_statics", "_unbound", "_watch"}
+    {"_bindings", "_dtype", "_fast", "_held", "_layer", "_row_bits", "_server", "_statics", "_unbound", "_watch"}
 )
 """Attributes of a prepared layer that neither copy nor travel."""
 
@@ -149,6 +149,7 @@ class PreparedModule(nn.Module):
             self._dtype, self._row_bits = weight.dtype, self.row_bytes() | MAX_ALIGNMENT
             with torch.inference_mode(False), torch.no_grad():
                 held = (_on_cache_line(weight), None if bias is None else _on_cache_line(bias))
+            self._held = held
             self._statics = self.constants(*held)
             if native.module is not None and runtime.serial is not None:
                 hooks = (*(self.__dict__[name] for name in _HOOKS), *_ALL_HOOKS)
@@ -162,9 +163,10 @@ class PreparedModule(nn.Module):
 
     def hold(self, generation: Generation) -> None:
         """Bind the parameters to a generation's kernels, whether it serves yet or not."""
-        weight, bias = self._tensors()
-        if self._watch is None or weight is None:
+        if self._watch is None:
             return
+        # Not of the parameters as they are now: a functional call in another thread lends the layer others.
+        weight, bias = self._held
         question, fused = self.question(weight, bias), self.fused_question(weight, bias)
         # What is bound here serves every mode: grad and inference mode, with and without autocast.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -216,7 +218,13 @@ class PreparedModule(nn.Module):
     @property
     def binding(self) -> Binding | None:
         """What is bound to the generation that serves now."""
-        return self._bindings.get(self._server.runtime.generation.serial)
+        runtime = self._server.runtime
+        while True:
+            serial = runtime.generation.serial
+            found = self._bindings.get(serial)
+            # Two reloads may come between the two reads: what served before them is then let go.
+            if found is not None or serial == runtime.generation.serial:
+                return found
 
     @property
     def bound(self) -> bool:

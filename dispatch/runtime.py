@@ -98,6 +98,7 @@ class Runtime:
         self.layers: WeakSet[PreparedModule] = WeakSet()
         self.lock = threading.RLock()  # for what changes which generation serves, or who is bound to it
         self.serial = None if native.module is None else native.module.Serial()
+        self._counting = threading.Lock()  # never held while something is bound, as the other one is
         self._open = open
         self._previous: Generation | None = None
         self._servers = {op: operator.server(self) for op, operator in pool.operators().items()}
@@ -145,6 +146,8 @@ class Runtime:
             if dropped is not None:
                 for layer in list(self.layers):
                     layer.release(dropped)
+        for line in generation.losses():
+            warnings.warn(f"{self.name}: {line}", RuntimeWarning, stacklevel=2)
         took = time.perf_counter() - start
         return f"{self.name}: {generation} serves, {count} layers bound in {took:.2f} s"
 
@@ -166,8 +169,13 @@ class Runtime:
 
     def _bind(self, generation: Generation) -> int:
         layers = list(self.layers)
-        for layer in layers:
-            layer.hold(generation)
+        try:
+            for layer in layers:
+                layer.hold(generation)
+        except BaseException:  # an interruption: what never serves is not kept
+            for layer in layers:
+                layer.release(generation)
+            raise
         return len(layers)
 
     def table_hash(self) -> str:
@@ -187,6 +195,11 @@ class Runtime:
         """Remember why a kernel could not be bound or launched; ``stats`` shows it."""
         first = (str(error) or "no message").splitlines()[0]
         self.failures[candidate.id] = f"{type(error).__name__}: {first}"
+
+    def note_switched_off(self, candidate: Candidate) -> None:
+        """Count that a kernel failed too often, in one layer or in functional calls of one kind."""
+        with self._counting:
+            self.switched_off[candidate.id] += 1
 
     def optimize(self, model: torch.nn.Module) -> Report:
         """Swap the modules of ``model`` that the table can make faster, in place.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -75,7 +75,7 @@ class Dispatch:
         self._op = plan.problem.op
         self._find = plan.find
         self._blocked = plan.blocked or ""
-        self._failed: Counter[Candidate] = Counter()
+        self._failed: dict[str, count[int]] = {}
         self._runtime = runtime
         self._counters = runtime.counters
         self._note = runtime.misses.of(plan.problem)
@@ -144,13 +144,12 @@ class Dispatch:
             return y
         self._counters.add(self._op, "kernel_failed")
         self._runtime.note_failure(candidate, failure)
-        self._failed[candidate] += 1
-        if self._failed[candidate] == FAILURES:
+        if next(self._failed.setdefault(candidate.id, count(1))) == FAILURES:
             self._switch_off(candidate)
         return y
 
     def _switch_off(self, candidate: Candidate) -> None:
-        self._runtime.switched_off[candidate.id] += 1
+        self._runtime.note_switched_off(candidate)
         self._calls = {r: call for r, call in self._calls.items() if self.plan.candidates[r] != candidate}
         if self.native is not None:
             for rule, chosen in self.plan.candidates.items():

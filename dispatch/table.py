@@ -129,7 +129,8 @@ def find(group: Group, rules: Sequence[Rule], sizes: Sequence[int], align: int) 
             nearest = True
         exact = exact and edges[index] == size
         cell = cell * len(edges) + index
-    loosest = -1
+    # Below every class that was measured, the loosest class whose kernel takes such a call all the same.
+    willing, why = -1, Miss.UNMEASURED
     for least, cells in group.cells.items():
         rule = cells[cell]
         if rule < 0:
@@ -137,12 +138,10 @@ def find(group: Group, rules: Sequence[Rule], sizes: Sequence[int], align: int) 
         if least <= align:
             match = Match.NEAREST if nearest else Match.EXACT if exact else Match.BIN
             return rule << 2 | match
-        loosest = rule
-    if loosest < 0:
-        return -1 - Miss.UNMEASURED
-    if rules[loosest].align <= align:
-        return loosest << 2 | Match.NEAREST
-    return -1 - Miss.MISALIGNED
+        why = Miss.MISALIGNED
+        if rules[rule].align <= align:
+            willing = rule
+    return -1 - why if willing < 0 else willing << 2 | Match.NEAREST
 
 
 def _check_alignment(align: int, what: str) -> None:

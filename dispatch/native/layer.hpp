@@ -83,6 +83,12 @@ struct Watch {
     return true;
   }
 
+  int visit(visitproc visit, void* arg) const {
+    for (const Tensor& tensor : tensors)
+      if (const int said = visit_all(visit, arg, tensor.object)) return said;
+    return visit_all(visit, arg, weight, bias);
+  }
+
   // The parameters as the layer holds them now, null for one it lacks.
   bool changed(PyObject* now_weight, PyObject* now_bias) const {
     if (now_weight != weight.get() || (now_bias == nullptr ? Py_None : now_bias) != bias.get()) return true;
@@ -116,7 +122,8 @@ struct Binding {
   Watch watch;
 
   int visit(visitproc visit, void* arg) const {
-    return visit_all(visit, arg, plan_object, fused_object, framework, failed);
+    const int said = watch.visit(visit, arg);  // a parameter may hold its layer, by an attribute of its own
+    return said != 0 ? said : visit_all(visit, arg, plan_object, fused_object, framework, failed);
   }
   void clear() {
     failed = Ref();

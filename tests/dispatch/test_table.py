@@ -83,6 +83,15 @@ def test_loosest_class_of_the_cell_serves_below_itself() -> None:
     assert outcome(Table(RULES, (group,)).find(0, 1, 8)) == (ANY, Match.NEAREST)
 
 
+def test_a_stricter_kernel_in_a_looser_class_hides_no_willing_one() -> None:
+    group = replace(GROUP, cells={64: (ANY, WORD, ANY), 16: (WORD, VECTOR, VECTOR)})
+    table = Table(RULES, (group,))
+    assert outcome(table.find(0, 2, 1)) == (ANY, Match.NEAREST), "class 16 holds what needs 4 bytes"
+    assert outcome(table.find(0, 8, 1)) == (WORD, Match.NEAREST), "of two that take it, the looser class"
+    assert outcome(table.find(0, 4, 2)) == (WORD, Match.NEAREST)
+    assert outcome(table.find(0, 2, 2)) == Miss.MISALIGNED
+
+
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [

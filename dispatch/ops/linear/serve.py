@@ -54,6 +54,10 @@ class LinearServer(Server):
         Raises:
             ValueError: an unknown epilogue, or a residual with another one than none.
         """
+        if epilogue == "none" and residual is None and not is_compiling():
+            fast = self.runtime.generation.fast.get(self.op)
+            if fast is not None and (served := fast.call(x, weight, bias)) is not NotImplemented:
+                return served  # type: ignore[no-any-return]
         _check_epilogue(epilogue, ACTIVATIONS)
         asked = epilogue
         if residual is not None:
