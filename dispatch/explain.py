@@ -215,11 +215,12 @@ def _not_chosen(default: str, chosen: object, others: Sequence[Mapping[str, Any]
         return ()
     left = {kernel.id: len(kernel.candidates()) for kernel in pool.kernels_for(pool.kernels()[default].op)}
     for id in {default, str(chosen)}:
-        left[Candidate.parse(id).kernel] -= 1
+        kernel = Candidate.parse(id).kernel
+        left[kernel] = left.get(kernel, 0) - 1  # the pool of another version may lack it
     told = [(other["reason"], other["kernels"]) for other in others]
     for _, kernels in told:
-        for kernel, n in kernels.items():
-            left[kernel] = left.get(kernel, 0) - n
+        for known, n in kernels.items():
+            left[known] = left.get(known, 0) - n
     if unmeasured := {kernel: n for kernel, n in left.items() if n > 0}:
         told.append(("not measured", unmeasured))
     lines: list[tuple[str, str]] = []

@@ -64,7 +64,7 @@ def made(out: Path, name: str, family: str) -> Path:
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("packages")
-    with pytest.MonkeyPatch.context() as patch:  # Python's lookup is not asked here
+    with pytest.MonkeyPatch.context() as patch:  # Python's fast path is not asked here
         patch.setattr(packaging, "compile_into", lambda _: "left out")
         return {family: made(out, f"served_{i}", family) for i, family in enumerate(RUNS)}
 

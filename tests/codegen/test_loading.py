@@ -202,7 +202,7 @@ def absent(kernel: Kernel) -> Kernel:
 
 
 def held(folder: Path) -> Table:
-    return import_package(folder)._runtime.table
+    return import_package(folder)._runtime.generation.table
 
 
 def test_the_proof_holds_for_a_table_of_libraries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
