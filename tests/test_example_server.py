@@ -22,7 +22,7 @@ from dks.codegen.select import select
 from dks.dispatch import pool
 from dks.dispatch.compiler import find_compiler
 from dks.dispatch.evidence import Measurement
-from dks.dispatch.loader import KERNELS, MANIFEST, file_digest
+from dks.dispatch.manifest import KERNELS, MANIFEST, file_digest
 from tests.codegen.rows import problem, row
 from tests.codegen.test_package import here
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dks.dispatch.generation import Generation
 from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Table
 
@@ -97,12 +98,12 @@ def statics(op: str, drawn: list[Sample]) -> list[dict[str, int]]:
 
 def routed(route: Any, op: str, infos: list[Any]) -> Runtime:
     drawn = [s for info in infos for s in samples(info, torch.float32, False)]
-    made = route(op, KERNELS[op], statics(op, drawn)).table
+    made = route(op, KERNELS[op], statics(op, drawn)).generation.table
     wide = [
         Group(g.op, g.form, g.traits, g.statics, tuple((*e[:-1], 4096) for e in g.edges), g.cells)
         for g in made.groups
     ]
-    return Runtime(f"opinfo_{op}", Table(made.rules, tuple(wide)))
+    return Runtime(f"opinfo_{op}", Generation(Table(made.rules, tuple(wide))))
 
 
 def each_tensor(change: Callable[[torch.Tensor], torch.Tensor], sample: Sample) -> Sample:

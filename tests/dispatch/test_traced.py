@@ -173,7 +173,7 @@ def test_packed_weights_serve_and_changes_are_noticed(route: Any) -> None:
 
 
 def test_tables_do_not_mix(runtime: Runtime, route: Any) -> None:
-    other = Runtime("other_table", table(route))
+    other = Runtime("other_table", Generation(table(route)))
     layer, call = runtime.server("linear").prepare(torch.randn(WIDE, N)), other.server("linear").call
     x = tokens(2)
 
@@ -349,9 +349,10 @@ with warnings.catch_warnings(record=True) as caught:
         assert torch.allclose(program(x), wanted, atol=1e-5)
 told = [str(w.message) for w in caught if "traced_here" in str(w.message)]
 assert len(told) == 1 and "no imported package of that name" in told[0], told
+from dks.dispatch.generation import Generation
 from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Rule, Table
-runtime = Runtime("traced_here", eval(open(sys.argv[3]).read()))
+runtime = Runtime("traced_here", Generation(eval(open(sys.argv[3]).read())))
 with torch.no_grad():
     assert torch.allclose(program(x), wanted, atol=1e-5)
 print({op: sum(found["hits"].values()) for op, found in runtime.stats()["ops"].items()})
