@@ -47,6 +47,7 @@ STATUSES = (
     "not_compiled",
 )
 ROLES = ("bin", "split", "held_out")
+PRECISIONS = (*(precision.value for precision in Precision), "none")
 CACHES = ("cold", "warm", "pipeline")
 FEWEST_CLEAN = 6  # undisturbed pairs that give a ratio an interval; with fewer, the disturbed ones count too
 
@@ -62,7 +63,7 @@ class Measurement:
             was too wide); held_out (a size inside a bin that no rule is made from: it says what the table is
             worth between its representatives).
         candidate: ``Candidate.id``.
-        precision: class that the kernel declares for this dtype.
+        precision: class that the kernel declares for this dtype; ``none`` where it does not take it.
         weight: share of traffic, times how often a model calls it; of a held-out shape, that of its bin.
         status: ok; wrong_result; failed (raised); crashed (its process died); timeout (killed at its deadline);
             out_of_memory; excluded (a repeat offender, not tried any more); unsupported (its declaration rules
@@ -397,7 +398,7 @@ def _check_row(row: Measurement) -> None:
         raise ValueError(f"status: found {row.status!r}, expected one of {', '.join(STATUSES)}")
     if not (math.isfinite(row.weight) and row.weight >= 0):
         raise ValueError(f"weight: found {row.weight}, expected a finite number >= 0")
-    for name, allowed in (("role", ROLES), ("cache", CACHES), ("precision", tuple(p.value for p in Precision))):
+    for name, allowed in (("role", ROLES), ("cache", CACHES), ("precision", PRECISIONS)):
         if getattr(row, name) not in allowed:
             raise ValueError(f"{name}: found {getattr(row, name)!r}, expected one of {', '.join(allowed)}")
     for name in ("median_ns", "median_low_ns", "median_high_ns", "p99_ns", "energy_j", "form_bytes"):
