@@ -51,7 +51,7 @@ def _why_not(group: Group, candidate: Candidate) -> str | None:
         return None
     sizes = dict.fromkeys(pool.operator(group.op).dims, 1) | dict(group.statics)
     unit = kernel.unit(Problem.of(group.op, dict(group.traits), sizes), candidate.params)
-    if not any(library._has(shipped, unit) for shipped in library._shipped):
+    if not any(library._has(shipped, unit) for shipped in library._shipped.values()):
         return f"no loaded library has {unit.symbol} made from this source"
     return None
 

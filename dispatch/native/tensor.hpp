@@ -85,14 +85,14 @@ struct View : dlpack::Tensor {
   bool is(dlpack::DataType wanted) const { return dtype.code == wanted.code && dtype.bits == wanted.bits; }
 
   // Number of elements if they lie on a CPU, row by row with nothing between; -1 otherwise. A tensor of zeros
-  // that autograd made has no memory, and is none.
+  // that autograd made has no memory, and is none; one without elements needs none.
   std::int64_t packed() const {
     std::int64_t count = 1;
     for (std::int32_t dim = ndim - 1; dim >= 0; --dim) {
       if (shape[dim] != 1 && strides[dim] != count) return -1;
       count *= shape[dim];
     }
-    return device.type == dlpack::cpu && data != nullptr ? count : -1;
+    return device.type == dlpack::cpu && (data != nullptr || count == 0) ? count : -1;
   }
 
   // Whether this has the same leading dims as `other`, and a last one of `last`.

@@ -37,8 +37,7 @@ def _nowhere(unit: Unit) -> Path:
     raise Missing(f"{unit.symbol}: no loaded package ships it, and nothing is compiled while serving")
 
 
-_shipped: list[ctypes.CDLL] = []
-_digests: set[str] = set()
+_shipped: dict[str, ctypes.CDLL] = {}  # by digest
 _locate: Locate = _nowhere
 
 
@@ -48,17 +47,16 @@ def add(name: str, data: bytes, digest: str) -> None:
     From memory, because the system takes a path that it has loaded before for the same library, whatever lies there
     since; and what runs is what was checked. Raises OSError where it can't be loaded.
     """
-    if digest in _digests:
+    if digest in _shipped:
         return
     file = os.memfd_create(name)
     try:
         with os.fdopen(os.dup(file), "wb") as writer:
             writer.write(data)
-        _shipped.append(ctypes.CDLL(f"/proc/self/fd/{file}"))
+        _shipped[digest] = ctypes.CDLL(f"/proc/self/fd/{file}")
     except OSError:
-        os.close(file)
+        os.close(file)  # otherwise it stays open, so that its number names this library alone
         raise
-    _digests.add(digest)  # the descriptor stays open, so that its number names this library alone
 
 
 def look_in(locate: Locate) -> None:
@@ -73,7 +71,7 @@ def function(unit: Unit) -> Callable[..., int]:
     Raises:
         Missing: it is not there, or its library can't be loaded.
     """
-    for library in _shipped:
+    for library in _shipped.values():
         if _has(library, unit):
             return _typed(library, unit)
     try:

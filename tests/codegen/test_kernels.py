@@ -65,7 +65,7 @@ def made_lut() -> Lut:
 def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory on sys.path; what is imported from it is forgotten, and only what is shipped can be called."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(library, "_shipped", [])
+    monkeypatch.setattr(library, "_shipped", {})
     monkeypatch.setattr(library, "_locate", library._nowhere)
     known = set(sys.modules)
     yield tmp_path
@@ -129,7 +129,7 @@ def test_a_library_that_was_tampered_with_is_not_loaded(importable: Path) -> Non
         file.write(b"\0")
     with pytest.warns(RuntimeWarning, match=r"_kernels\.so: changed since it was built"):
         module = importlib.import_module("tiles_changed")
-    assert library._shipped == [] and "refused" in module.stats()["table"]
+    assert library._shipped == {} and "refused" in module.stats()["table"]
     x, w = torch.randn(9, 32), torch.randn(64, 32)
     assert torch.equal(module.linear(x, w), F.linear(x, w))
 
@@ -138,7 +138,7 @@ def test_strict_serves_what_is_shipped_and_nothing_else(importable: Path, monkey
     monkeypatch.setenv("DKS_STRICT", "1")
     folder = build(made_lut(), made_rows(), importable, "tiles_strict").folder
     assert_serves(importlib.import_module("tiles_strict"), 1)
-    monkeypatch.setattr(library, "_shipped", [])
+    monkeypatch.setattr(library, "_shipped", {})
     del sys.modules["tiles_strict"]
     (folder / KERNELS).unlink()
     manifest = json.loads((folder / MANIFEST).read_text())

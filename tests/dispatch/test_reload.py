@@ -363,8 +363,7 @@ def test_a_library_of_the_same_digest_is_loaded_once(packages: Any, monkeypatch:
     if kernel is None:
         pytest.skip("no generated linear runs on this machine")
     winner = next(c.id for c in kernel.candidates() if dict(c.params)["t"] == 1)
-    monkeypatch.setattr(library, "_shipped", [])
-    monkeypatch.setattr(library, "_digests", set())
+    monkeypatch.setattr(library, "_shipped", {})
     one, two = packages("reload_tiles", winner), packages("reload_more", winner, (1, 16, 256, 512))
     monkeypatch.setattr(library, "_locate", library._nowhere)
     served = import_package(one)

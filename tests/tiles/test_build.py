@@ -184,7 +184,7 @@ def test_a_library_of_another_version_is_not_called(
     headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two packages in one process, one of them old: their functions have the same names."""
-    monkeypatch.setattr(library, "_shipped", [])
+    monkeypatch.setattr(library, "_shipped", {})
     build.link([UNIT], tmp_path / "old.so")
     (headers / "tiny.hpp").write_text(TINY.format("return 8;"))
     units.source_of.cache_clear()
@@ -194,7 +194,7 @@ def test_a_library_of_another_version_is_not_called(
     assert "no loaded package ships it" in str(library.lack(UNIT))
     library.add("new", (tmp_path / "new.so").read_bytes(), "digest of the new")
     assert answer(UNIT) == 8
-    monkeypatch.setattr(library, "_shipped", library._shipped[::-1])
+    monkeypatch.setattr(library, "_shipped", dict(reversed(library._shipped.items())))
     assert answer(UNIT) == 8
 
 

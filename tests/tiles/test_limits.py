@@ -25,7 +25,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if reason := find_compiler()[1]:
         pytest.skip(reason)
     monkeypatch.setenv(build.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(library, "_shipped", [])
+    monkeypatch.setattr(library, "_shipped", {})
     monkeypatch.setattr(library, "_locate", library._nowhere)
 
 
