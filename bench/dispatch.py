@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table as Shown
 
+from bench import swaps
 from bench.report import Row, environment_lines, write_result
 from dks.codegen.cpp import render_header
 from dks.dispatch import native, pool
@@ -118,7 +120,27 @@ def choosing() -> list[Row]:
         "a torch.ops call": lambda: torch.ops.aten.alias.default(x),
         "(an empty call)": lambda: None,
     }
+    if lookup := triton_lookup():
+        calls["triton.autotune's lookup"] = lambda: lookup(x, weight, x, 17, 384, 384)
     return rows("choose", "linear, x (17, 384), weight (384, 384), to a rule", "compiled", measure(calls), None)
+
+
+def triton_lookup() -> Callable[..., object] | None:
+    """``triton.autotune`` up to the choice of a configuration it knows: what it would launch does nothing."""
+    try:
+        import triton
+    except ImportError:
+        return None
+
+    def linear(x, weight, y, m, n, k, BLOCK):  # type: ignore[no-untyped-def]
+        pass
+
+    configs = [triton.Config({"BLOCK": block}) for block in (64, 128)]
+    tuned = triton.autotune(configs, key=["m", "n", "k"])(triton.jit(linear))
+    tuned._bench = lambda *_, **__: [1.0]
+    tuned.fn = SimpleNamespace(run=lambda *_, **__: None)
+    run: Callable[..., object] = tuned.run
+    return run
 
 
 def calling(candidate: str, kind: str, target: float | None) -> list[Row]:
@@ -151,18 +173,8 @@ def in_cpp() -> list[Row]:
         text = render_header("bench", table("torch.addmm", 384, 384), (HEADERS / "lookup.hpp").read_text())
         (folder / "table.hpp").write_text(text)
         program = folder / "dispatch"
-        done = [
-            *command,
-            "-std=c++17",
-            "-O2",
-            "-pthread",
-            "-iquote",
-            name,
-            str(HERE / "dispatch.cpp"),
-            "-o",
-            str(program),
-        ]
-        subprocess.run(done, check=True)
+        flags = ["-std=c++17", "-O2", "-pthread", "-iquote", name]
+        subprocess.run([*command, *flags, HERE / "dispatch.cpp", "-o", program], check=True)
         output = subprocess.run([str(program), "linear"], check=True, capture_output=True, text=True).stdout
     found: dict[str, dict[str, Any]] = {}
     for line in map(json.loads, output.splitlines()):
@@ -185,6 +197,7 @@ def main() -> None:
         if _has(TILE):
             measured += calling(TILE, "generated kernel", None)
     measured += in_cpp()
+    measured += swaps.rows()
     shown = Shown(title="dispatch: medians of interleaved blocks, one thread")
     for column in ("what", "ours ns", "peer ns", "peer / ours [95 %]", "target"):
         shown.add_column(column, justify="left" if column == "what" else "right")

@@ -218,6 +218,7 @@ HEAVY = (
     "yaml",
     "pydantic",
     "transformers",
+    "prometheus_client",
     "dks.profiler",
     "dks.codegen",
 )
