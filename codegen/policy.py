@@ -41,7 +41,7 @@ class Policy:
 
     max_error: float = 1e-2
     objective: str = "latency"
-    overhead_ns: float = 5000.0
+    overhead_ns: float = 2000.0
     tie: float = 0.02
     max_form_bytes: int | None = None
     min_processes: int = 2
