@@ -269,9 +269,10 @@ def test_rows_of_every_width(spies: Spies, op: str, dtype: str) -> None:
         for problem in problems:
             inputs = inputs_for(problem)
             static, dynamic = ([placed(t, 0) for t in part] for part in (inputs.static, inputs.dynamic))
-            direct(runtime, problem)(static, dynamic)
             wanted = alignment() if op == "softmax" else alignment(width * size)
-            assert spies.chosen() == wanted, problem.id
+            for _ in range(2):  # the fast path serves functions from their second call on
+                direct(runtime, problem)(static, dynamic)
+                assert spies.chosen() == wanted, problem.id
             if prepares(op) and static[0] is not None:
                 prepared(runtime, problem, static)(*dynamic)
                 assert spies.chosen() == wanted, problem.id
