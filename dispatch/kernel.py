@@ -86,7 +86,9 @@ class Kernel:
         unit: the generated function that a candidate runs; None for a library's kernel.
         header: the file in ``dks/dispatch/tiles`` that generated functions are made from; empty for a
             library's kernel.
-        align: bytes to which it needs every pointer and row stride aligned; 0 means the element's size.
+        align: bytes to which it needs every pointer and row stride aligned; 0 means the element's size. Not among
+            them are masks, block tables and lengths, aligned to their own elements alone, and the distance of
+            softmax's rows, which comes with a call.
         supports: why it can't take a problem, or None.
         suits: why one parameter set can't be meant for a problem, or None. It is not measured there, though it
             would be right.
@@ -117,7 +119,7 @@ class Kernel:
         return [Candidate(self.id, params) for params in self.params]
 
     def alignment_for(self, dtype: str) -> int:
-        """Required alignment in bytes of every pointer and row stride for these activations."""
+        """Required alignment in bytes for these activations; see ``align``."""
         return self.align or DTYPES[dtype].itemsize
 
     def objection(self, problem: Problem) -> str | None:

@@ -86,8 +86,7 @@ class AttentionServer(Server):
             return Question(self.op, "direct", traits, {"h": h, "hkv": hkv, "d": d})
 
         dispatch = self.direct((q.dtype, kind, causal, layout, h, hkv, d), question, 0)
-        # The class covers q, k, v and the output. A mask is read element by element.
-        return dispatch.serve(framework, _align(q, k, v), (b, length, kv), q, k, v, mask, scale)
+        return dispatch.serve(framework, _align(q, k, v, mask), (b, length, kv), q, k, v, mask, scale)
 
     def swap(self, model: nn.Module) -> list[Swap]:
         """Route a transformers model's SDPA attention through the table, by its attention registry."""
@@ -210,9 +209,15 @@ def _layout(t: torch.Tensor) -> str:
     return "bshd" if t.stride(1) <= t.stride(2) else "bhsd"
 
 
-def _align(*tensors: torch.Tensor) -> int:
-    bits = 0
-    for t in tensors:
-        s0, s1, s2, _ = t.stride()
-        bits |= t.data_ptr() | (s0 | s1 | s2) * t.element_size()
-    return alignment(bits)
+def _align(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> int:
+    """The class of q, k, v and the output, whose heads are d elements apart; the stride of a single row is none.
+
+    A mask is read element by element: it counts only where its address is no element's.
+    """
+    elements = q.shape[3]
+    bits = 0 if mask is None else mask.data_ptr() % mask.element_size()
+    for t in (q, k, v):
+        bits |= t.data_ptr()
+        (n0, n1, n2, _), (s0, s1, s2, _) = t.shape, t.stride()
+        elements |= (n0 > 1 and s0) | (n1 > 1 and s1) | (n2 > 1 and s2)
+    return alignment(bits, elements * q.element_size())

@@ -91,8 +91,10 @@ class PagedAttentionServer(Server):
 
 
 def _plain(t: torch.Tensor) -> torch.Tensor:
-    """As int32 in one piece."""
-    return t if t.dtype is torch.int32 and t.is_contiguous() else t.to(torch.int32).contiguous()
+    """As int32 in one piece, at an address of whole elements."""
+    if t.dtype is torch.int32 and t.is_contiguous() and t.data_ptr() % 4 == 0:
+        return t
+    return t.to(torch.int32, memory_format=torch.contiguous_format, copy=True)
 
 
 def _fit(*args: Any) -> bool:
