@@ -121,8 +121,8 @@ def test_stability_can_be_required() -> None:
 
 
 def test_a_gain_below_the_cost_of_dispatching_says_so() -> None:
-    rule = choose(PROBLEM, "prepared", [row("torch.linear", 10), row("torch.addmm", 8)], EXACT)
-    assert "saves 2.0 us, and dispatching costs 5.0 us" in rule.reason and rule.tied == ()
+    rule = choose(PROBLEM, "prepared", [row("torch.linear", 10), row("torch.addmm", 8.5)], EXACT)
+    assert "saves 1.5 us, and dispatching costs 2.0 us" in rule.reason and rule.tied == ()
 
 
 def two_bins() -> list[Measurement]:
