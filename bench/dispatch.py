@@ -39,7 +39,7 @@ from dks.dispatch.tiles import build, library
 
 BLOCKS, BLOCK_S = 60, 2e-3
 HERE = Path(__file__).parent
-HEADERS = HERE.parent / "dispatch"
+HEADERS = HERE.parent / "dispatch" / "cpp"
 EDGES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 SIZES = ((1, 64, 64), (8, 256, 256), (1, 1024, 1024), (32, 384, 384), (64, 768, 768), (128, 1024, 1024))
 TILE = "tile.f32_avx512/mr4-nv4-kc0-pack0-pf8-t1-r0"

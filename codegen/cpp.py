@@ -83,7 +83,7 @@ def render_header(name: str, table: Table, lookup_source: str) -> str:
     Args:
         name: the package's, and so the namespace's.
         table: what to hold. Candidates are any text: it stays inside its literal.
-        lookup_source: text of ``dispatch/lookup.hpp``, which the header then holds itself.
+        lookup_source: text of ``dispatch/cpp/lookup.hpp``, which the header then holds itself.
 
     Raises:
         ValueError: ``name`` is no name that C++ allows for a namespace, or an operator, trait or dim is no

@@ -20,10 +20,11 @@ from dks.dispatch.problem import Candidate, Problem
 LAUNCH = "launch.hpp"
 LIBRARY = "_server.so"  # not _table.so: Python would take that for _table.py
 DISPATCH = Path(dks.dispatch.__file__).parent
-HEADERS = ("lookup.hpp", "serving.hpp", "package_data.hpp", "package.hpp", "linear.hpp", "tiles/abi.h")
+_CPP = ("lookup.hpp", "serving.hpp", "package_data.hpp", "package.hpp", "linear.hpp")
+HEADERS = (*(f"cpp/{name}" for name in _CPP), "tiles/abi.h")
 """Hand-written headers that lie in each package, so that a server builds from its folder alone."""
 
-_SOURCE = DISPATCH / "server_library.cpp"
+_SOURCE = DISPATCH / "cpp" / "server_library.cpp"
 _FLOATS = {"avx2": 8, "avx512": 16}  # of a vector
 _WIDENED = {"f32": "f32", "w16": "bf16", "w8": "int8"}
 _DOTTED = {"bf16": ("bf16", 2), "i8": ("int8", 4)}  # inputs of one 32-bit lane

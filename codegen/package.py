@@ -31,7 +31,7 @@ from dks.dispatch.plain import parse_json
 from dks.dispatch.problem import Candidate
 
 ORIGIN = "dks-codegen"
-LOOKUP = Path(__file__).parent.parent / "dispatch" / "lookup.hpp"
+LOOKUP = Path(__file__).parent.parent / "dispatch" / "cpp" / "lookup.hpp"
 
 
 @dataclass(frozen=True, slots=True)

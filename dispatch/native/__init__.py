@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 SOURCES = (
     *(HERE / name for name in ("module.cpp", "direct.hpp", "layer.hpp", "plan.hpp", "kernel.hpp")),
     *(HERE / name for name in ("thread.hpp", "tensor.hpp", "python.hpp")),
-    HERE.parent / "lookup.hpp",
+    HERE.parent / "cpp" / "lookup.hpp",
     HERE.parent / "tiles" / "abi.h",
 )
 """All that the extension is made of; the first one is compiled."""

@@ -26,7 +26,7 @@ from dks.dispatch.table import Group, Rule, Table
 Find = Callable[..., int]
 
 HARNESS = Path(__file__).parent / "harness.cpp"
-LOOKUP = (Path(dks.dispatch.__file__).parent / "lookup.hpp").read_text(encoding="utf-8")
+LOOKUP = (Path(dks.dispatch.__file__).parent / "cpp" / "lookup.hpp").read_text(encoding="utf-8")
 STRICT = ("-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror")
 CLASSES = ((64, 16, 4), (64, 16, 4), (64, 16, 4), (64,), (32, 8, 1))
 DIMS = (1, 2, 3, 1, 0)

@@ -13,7 +13,7 @@ import dks.dispatch
 from dks.dispatch.compiler import find_compiler
 
 STRESS = Path(__file__).parent / "stress.cpp"
-HEADERS = Path(dks.dispatch.__file__).parent
+HEADERS = Path(dks.dispatch.__file__).parent / "cpp"
 STRICT = ("-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror", "-pthread")
 SANITIZERS = {
     "address": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
