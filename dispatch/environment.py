@@ -27,12 +27,12 @@ class Environment:
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        arch: CPU vendor, family, model, stepping; GPU name and compute capability.
-        isa: instruction sets that kernels are chosen by.
+        arch: CPU vendor, family, model, stepping; GPU name and multiprocessors, of which a slice of one has fewer.
+        isa: instruction sets that kernels are chosen by; the compute capability, as in ``sm_90``.
         driver: GPU driver; ``none`` on a CPU.
         torch: version with its build tag.
         libraries: versions of the math libraries inside torch.
-        threads: intra-op threads that torch was measured with.
+        threads: intra-op threads that torch was measured with; ``none`` on a GPU.
     """
 
     device: str
@@ -48,10 +48,10 @@ class Environment:
         """This process on this machine.
 
         Raises:
-            ValueError: ``device`` is not one that this version can describe.
+            ValueError: there is no such device here.
         """
         if device != "cpu":
-            raise ValueError(f"device: found {device!r}, expected 'cpu' (GPU environments come later)")
+            return cls(**_cuda(device))
         info = _cpuinfo()
         flags = cpu_flags()
         return cls(
@@ -105,6 +105,37 @@ class Environment:
     def slug(self) -> str:
         """A folder's name for this device, as under ``luts/``."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.device} {self.arch}".lower()).strip("-")
+
+
+def _cuda(device: str) -> dict[str, str]:
+    named = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if named is None:
+        raise ValueError(f"device: found {device!r}, expected cpu, cuda or cuda:0")
+    index = int(named[1] or 0)
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(
+            f"device: found {device!r}, expected one of the {count} NVIDIA GPUs that PyTorch sees here"
+        )
+    found = torch.cuda.get_device_properties(index)
+    return {
+        "device": "cuda",
+        "arch": f"{found.name} {found.multi_processor_count} SMs",
+        "isa": f"sm_{found.major}{found.minor}",
+        "driver": _driver(),
+        "torch": str(torch.__version__),
+        "libraries": f"cuda-{torch.version.cuda}+cudnn-{torch.backends.cudnn.version()}",
+        "threads": "none",
+    }
+
+
+def _driver(version: Path = Path("/proc/driver/nvidia/version")) -> str:
+    try:
+        text = version.read_text(encoding="utf-8")
+    except OSError:
+        return UNKNOWN
+    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text, re.MULTILINE)
+    return found[1] if found else UNKNOWN
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Rule, Table
 from dks.dispatch.tiles import build, library
 from dks.dispatch.tiles.unit import Unit
+
+# Triton reads it when it is first imported, by whatever test. What compiles does so in processes of its own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 EDGES: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "linear": ((1, 8, 64),),

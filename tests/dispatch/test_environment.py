@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +25,46 @@ def test_this_machine_fits_itself() -> None:
     assert Environment.from_dict(here.to_dict()) == here
 
 
-def test_other_devices_are_refused() -> None:
-    with pytest.raises(ValueError, match="found 'cuda', expected 'cpu'"):
-        Environment.current("cuda")
+@pytest.mark.parametrize(
+    ("device", "match"),
+    [
+        ("tpu", "found 'tpu', expected cpu, cuda or cuda:0"),
+        ("cuda:x", "found 'cuda:x'"),
+        ("cuda:4096", r"found 'cuda:4096', expected one of the \d+ NVIDIA GPUs"),
+    ],
+)
+def test_devices_that_are_not_here_are_refused(device: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Environment.current(device)
+
+
+VERSIONS = {
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  Wed Feb 26 01:35:32 UTC 2025\nGCC version:  gcc": (
+        "570.124.06"
+    ),
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x@y)  Sun Jul\n": "580.65.06",
+    "something else 1.2\n": UNKNOWN,
+}
+
+
+@pytest.mark.parametrize("text", VERSIONS)
+def test_a_gpu_is_described_by_what_decides_its_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "version").write_text(text)
+    gpu = SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: [None, gpu][index])
+    read = environment._driver
+    monkeypatch.setattr(environment, "_driver", lambda: read(tmp_path / "version"))
+    found = Environment.current("cuda:1")
+    assert (found.device, found.arch, found.isa) == ("cuda", "NVIDIA H200 132 SMs", "sm_90")
+    assert found.driver == VERSIONS[text] and found.threads == "none"
+    assert found.slug == "cuda-nvidia-h200-132-sms"
+
+
+def test_no_driver_is_unknown(tmp_path: Path) -> None:
+    assert environment._driver(tmp_path / "none") == UNKNOWN
 
 
 @pytest.mark.parametrize("name", FIELDS)

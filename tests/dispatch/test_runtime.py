@@ -219,6 +219,7 @@ HEAVY = (
     "pydantic",
     "transformers",
     "prometheus_client",
+    "triton",
     "dks.profiler",
     "dks.codegen",
 )

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs: Triton programs compiled ahead of time, and how they are launched without Triton."""

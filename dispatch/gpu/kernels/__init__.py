@@ -1,0 +1,1 @@
+"""Triton sources. Imported where they are compiled or interpreted, never while serving."""
