@@ -27,7 +27,8 @@ class Environment:
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        arch: CPU vendor, family, model, stepping; GPU name and multiprocessors, of which a slice of one has fewer.
+        arch: CPU vendor, family, model, stepping; GPU name and how many multiprocessors: a part of one
+            has fewer.
         isa: instruction sets that kernels are chosen by; the compute capability, as in ``sm_90``.
         driver: GPU driver; ``none`` on a CPU.
         torch: version with its build tag.

@@ -42,7 +42,7 @@ VERSIONS = {
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  Wed Feb 26 01:35:32 UTC 2025\nGCC version:  gcc": (
         "570.124.06"
     ),
-    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x@y)  Sun Jul\n": "580.65.06",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x@y)\n": "580.65.06",
     "something else 1.2\n": UNKNOWN,
 }
 
