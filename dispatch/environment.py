@@ -125,7 +125,7 @@ def _cuda(device: str) -> dict[str, str]:
         "isa": f"sm_{found.major}{found.minor}",
         "driver": _driver(),
         "torch": str(torch.__version__),
-        "libraries": f"cuda-{torch.version.cuda}+cudnn-{torch.backends.cudnn.version()}",
+        "libraries": f"cuda-{torch.version.cuda}+cudnn-{torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
         "threads": "none",
     }
 

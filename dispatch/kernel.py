@@ -96,6 +96,7 @@ class Kernel:
         rank: simplicity; a tie goes to the lowest. The framework's own kernel is 0.
         searches: what its library may search, compile or download while it serves, such as an autotuner or a
             just-in-time compiler; empty where it does nothing of the kind. Strict mode refuses it.
+        devices: kinds of device that it runs on, ``cpu`` and ``cuda``; see ``runs_on`` for what empty means.
     """
 
     id: str
@@ -113,6 +114,17 @@ class Kernel:
     unavailable: Callable[[], str | None] = always
     rank: int = 1
     searches: str = ""
+    devices: tuple[str, ...] = ()
+
+    def runs_on(self, device: str) -> bool:
+        """Whether it is meant for a kind of device, ``cpu`` or ``cuda``.
+
+        Where it does not say, one that takes the caller's tensors as they are and compiles nothing is made of
+        PyTorch's operators, which run where their tensors lie; any other runs on a CPU.
+        """
+        if self.devices:
+            return device in self.devices
+        return device == "cpu" or not (self.form or self.unit)
 
     def candidates(self) -> list[Candidate]:
         """One candidate for each parameter set."""

@@ -68,11 +68,16 @@ def operator(name: str) -> Operator:
         raise KeyError(f"operator: found {name!r}, expected one of {', '.join(operators())}") from None
 
 
-def kernels_for(op: str) -> list[Kernel]:
-    """The kernels of one operator, the framework's own first, then by rank and id."""
-    return sorted((k for k in kernels().values() if k.op == op), key=lambda k: (k.rank, k.id))
+def kernels_for(op: str, device: str = "") -> list[Kernel]:
+    """The kernels of one operator, the framework's own first, then by rank and id.
+
+    Args:
+        device: ``cpu`` or ``cuda``: those that run there; all where nothing is said.
+    """
+    found = (k for k in kernels().values() if k.op == op and (not device or k.runs_on(device)))
+    return sorted(found, key=lambda k: (k.rank, k.id))
 
 
-def candidates_for(op: str) -> list[Candidate]:
-    """Every candidate of one operator, the framework's own first."""
-    return [candidate for kernel in kernels_for(op) for candidate in kernel.candidates()]
+def candidates_for(op: str, device: str = "") -> list[Candidate]:
+    """Every candidate of one operator, the framework's own first; ``device`` as of ``kernels_for``."""
+    return [candidate for kernel in kernels_for(op, device) for candidate in kernel.candidates()]

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from dks.dispatch import pool
-from dks.dispatch.environment import private_cache_bytes
 from dks.dispatch.kernel import Inputs, Launch, Output, parts, source_digest
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.profiler.check import Checker
-from dks.profiler.counters import EnergyMeter, peak_memory
+from dks.profiler.device import Device, Host, moved
 from dks.profiler.findings import Finding, Round, rounds_from_json, rounds_to_json
 from dks.profiler.interference import Watch, default_sources
 from dks.profiler.timing import Entrants, ImpossibleTime, StoppingRule, race
@@ -90,19 +89,24 @@ class Bench:
         seed: of inputs and of the order inside a round.
         cache: ``cold``, ``warm`` or ``pipeline``; see ``Measurement.cache``.
         in_flight: told the id of the candidate that is about to run, and "" when none is.
+        device: where kernels run; the CPU where None.
     """
 
-    def __init__(self, seed: int, cache: str, in_flight: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        cache: str,
+        in_flight: Callable[[str], None] = lambda _: None,
+        device: Device | None = None,
+    ) -> None:
+        self._device = device or Host()
         self._seed, self._cache, self._in_flight = seed, cache, in_flight
         self._rng = random.Random(seed)
-        self._checker = Checker(seed)
-        self._energy = EnergyMeter()
+        self._checker = Checker(seed, self._device.torch)
         self._watch = Watch(default_sources(torch.get_num_threads()))
         self._group: tuple[object, ...] = ()
         self._weights: list[tuple[Any, ...]] = []
         self._bound: dict[str, list[Bound]] = {}
-        self._beyond = 2 * (private_cache_bytes() or 2**21)
-        self._scratch = torch.zeros(self._beyond * torch.get_num_threads(), dtype=torch.uint8)
 
     def check(self, problem: Problem, candidate: Candidate) -> tuple[Finding, bool]:
         """What is found of one candidate, and whether it left the process unfit for others.
@@ -115,7 +119,7 @@ class Bench:
             verdict.reason,
             dict(verdict.errors),
             verdict.stable,
-            energy_note=self._energy.unavailable() or "measured after timing, of finalists alone",
+            energy_note=self._device.no_energy() or "measured after timing, of finalists alone",
             digest=source_digest(pool.kernels()[candidate.kernel]),
         )
         finding.errors = {name: error for name, error in finding.errors.items() if math.isfinite(error)}
@@ -124,7 +128,7 @@ class Bench:
             self._hold_weights(problem, inputs)
             try:
                 run = self._bind(problem, candidate)[0].run
-                _, finding.peak_bytes, finding.peak_note = peak_memory(lambda: run(*inputs.dynamic))
+                finding.peak_bytes, finding.peak_note = self._device.peak_memory(lambda: run(*inputs.dynamic))
             except Exception as error:  # a kernel may raise anything
                 finding.status, finding.reason = raised(error), describe(error)
         return finding, verdict.poisoned
@@ -178,16 +182,17 @@ class Bench:
 
     def joules(self, problem: Problem, name: str) -> tuple[float | None, str]:
         """Joules of one call of a candidate, and why not if there are none."""
-        if (why := self._energy.unavailable()) is not None:
+        if (why := self._device.no_energy()) is not None:
             return None, why
         inputs = self._inputs(problem, 0)
         self._hold_weights(problem, inputs)
         run = self._bind(problem, Candidate.parse(name))[0].run
-        return self._energy.joules(lambda: run(*inputs.dynamic), ENERGY_S)
+        return self._device.joules(lambda: run(*inputs.dynamic), ENERGY_S)
 
     def _inputs(self, problem: Problem, copy: int) -> Inputs:
         generator = torch.Generator().manual_seed(self._seed + copy)
-        return pool.operator(problem.op).make_inputs(problem, generator, "normal")
+        made = pool.operator(problem.op).make_inputs(problem, generator, "normal")
+        return Inputs(moved(made.static, self._device.torch), moved(made.dynamic, self._device.torch))
 
     def _hold_weights(self, problem: Problem, inputs: Inputs) -> None:
         """Keep the weights, and what is packed from them, while only the dynamic dims change."""
@@ -196,7 +201,7 @@ class Bench:
         key = (problem.op, problem.traits, statics, problem.align)
         if key != self._group:
             size = operator.key_bytes(problem)
-            copies = 1 if self._cache == "warm" else _copies(size, self._beyond)
+            copies = 1 if self._cache == "warm" else _copies(size, self._device.beyond)
             self._group = key
             self._weights = [inputs.static] + [_clone(inputs.static) for _ in range(copies - 1)]
             self._bound = {}
@@ -228,11 +233,11 @@ class _Kernels:
         self._watch = bench._watch
         size = sum(t.nbytes for t in inputs.dynamic if isinstance(t, torch.Tensor))
         weights = pool.operator(job.problem.op).key_bytes(job.problem)
-        copies = 1 if bench._cache == "warm" else _copies(size + weights, bench._beyond)
+        copies = 1 if bench._cache == "warm" else _copies(size + weights, bench._device.beyond)
         self.inputs = [inputs.dynamic]
         self.inputs += [bench._inputs(job.problem, copy).dynamic for copy in range(1, copies)]
         # Too small to fill the cache by rotating: it is emptied between calls instead.
-        self._flush = bench._cache == "cold" and copies * (size + weights) < bench._beyond
+        self._flush = bench._cache == "cold" and copies * (size + weights) < bench._device.beyond
         self._neighbours = _Neighbours(bench, job.before, job.after)
         self._runs: dict[str, list[Launch]] = {}
         self._turn = 0
@@ -260,7 +265,7 @@ class _Kernels:
         dynamic = self.inputs[self._turn % len(self.inputs)]
         _touch(dynamic, self._turn)
         if self._flush:
-            self._bench._scratch.fill_(self._turn & 127)
+            self._bench._device.empty_cache(self._turn)
         try:
             ns = self._neighbours.timed(run, dynamic)
         except Exception as error:
@@ -284,6 +289,7 @@ class _Neighbours:
     """
 
     def __init__(self, bench: Bench, before: Sequence[Problem], after: Sequence[Problem]) -> None:
+        self._device = bench._device
         self._before = [self._default(bench, problem) for problem in before]
         self._after = [self._default(bench, problem) for problem in after]
 
@@ -292,22 +298,19 @@ class _Neighbours:
         inputs = bench._inputs(problem, 1)
         return kernel.bind(problem, (), *inputs.static), inputs.dynamic
 
-    def timed(self, run: Launch, dynamic: tuple[Any, ...], clock: Callable[[], int] = time.perf_counter_ns) -> int:
+    def timed(self, run: Launch, dynamic: tuple[Any, ...]) -> int:
         """Nanoseconds of the candidate, with its neighbours where it has any."""
         if not self._before and not self._after:
-            before = clock()
-            result = run(*dynamic)
-            after = clock()
-            del result  # freed outside the timed span, as a caller would later
-            return after - before
-        before = clock()
+            return self._device.timed(run, dynamic)
+        return self._device.timed(self._flow, (run, dynamic))
+
+    def _flow(self, run: Launch, dynamic: tuple[Any, ...]) -> None:
         flowing: Output | None = None
         for neighbour, own in self._before:
             flowing = neighbour(*_fed(own, flowing))
         flowing = run(*_fed(dynamic, flowing))
         for neighbour, own in self._after:
             flowing = neighbour(*_fed(own, flowing))
-        return clock() - before
 
 
 def _fed(dynamic: tuple[Any, ...], flowing: Output | None) -> tuple[Any, ...]:

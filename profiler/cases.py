@@ -12,7 +12,8 @@ import torch
 from dks.dispatch import pool
 from dks.dispatch.kernel import Inputs, Kernel, Launch, parts
 from dks.dispatch.problem import MAX_ALIGNMENT, Precision, Problem
-from dks.profiler.draws import NOT_FINITE, SCALED, Slot, has_values, noisy, place, redrawn, tensors
+from dks.profiler.device import moved
+from dks.profiler.draws import HOST, NOT_FINITE, SCALED, Slot, has_values, noisy, place, redrawn, tensors
 from dks.profiler.gaps import Gap, gap, gap_beside_non_finite, size_of
 from dks.profiler.trial import NOBODY, Case, Draw
 
@@ -39,10 +40,11 @@ class Cases:
 
     Args:
         seed: of all inputs. The weights are those that ``make_inputs`` draws first from this seed.
+        device: where kernels run. Values are drawn on the host, so that they are the same everywhere.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, device: torch.device = HOST) -> None:
+        self._seed, self._device = seed, device
         self._group_of: tuple[object, ...] = ()
         self._group = Group(())
         self._problem: Problem | None = None
@@ -57,7 +59,8 @@ class Cases:
         if key != self._group_of:
             self._problem, self._own, self._fresh = None, [], None
             self._group_of = key
-            self._group = group = Group(self._inputs(problem, self._seed, "normal").static)
+            static = self._inputs(problem, self._seed, "normal").static
+            self._group = group = Group(moved(static, self._device))
             default = pool.kernels()[operator.default]
             if default.unavailable() is None and default.objection(problem) is None:
                 group.framework = default.bind(problem, default.candidates()[0].params, *group.static)
@@ -76,7 +79,7 @@ class Cases:
         # A weight is prepared from its best alignment; a kernel without a form reads the caller's as it is.
         align = MAX_ALIGNMENT if kernel.form else problem.align
         if align not in self._group.placed:
-            self._group.placed[align] = place(self._group.static, align)
+            self._group.placed[align] = place(self._group.static, align, device=self._device)
         return self._group.placed[align]
 
     def mend(self) -> str:
@@ -99,7 +102,7 @@ class Cases:
     def _case(self, problem: Problem, seed: int, turn: int = 0, draws: int = 1, draw: str = "normal") -> Case:
         """A case whose first draw is the operator's own, and the others its values redrawn."""
         dynamic = self._inputs(problem, seed, draw).dynamic
-        slots, args = place(dynamic, problem.align, turn)
+        slots, args = place(dynamic, problem.align, turn, self._device)
         case = Case(problem, slots, args, [])
         generator = torch.Generator().manual_seed(seed + 1)
         for i in range(draws):
@@ -158,7 +161,7 @@ class Cases:
         many = len(pool.operator(problem.op).dynamic)
         sized = self._sized(problem, (EXTREME_SIZE,) * many)
         case = self._case(sized, self._seed + 7)
-        normal = [t.clone() for t in tensors(case.args)]
+        normal = [t.cpu().clone() for t in tensors(case.args)]
         case.draws = []
         for kind, change in SCALED.items():
             values = [change(t) if has_values(t) else t for t in normal]
@@ -205,7 +208,7 @@ class Cases:
             generator = torch.Generator().manual_seed(self._seed + 2)
             for slot, image in zip(own.slots, own.draws[0].images, strict=True):
                 slot.load(image)
-            values = [redrawn(t, generator) for t in tensors(own.args)]
+            values = [redrawn(t.cpu(), generator) for t in tensors(own.args)]
             drawn = self._drawn(own, "after timing", values)
             self._fresh = (values, drawn.reference)
         return self._fresh

@@ -26,7 +26,7 @@ from dks.dispatch.kernel import Inputs, Kernel, Launch, parts, relative_error
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles import library
 from dks.profiler.cases import Cases, Group
-from dks.profiler.draws import Lent, tensors
+from dks.profiler.draws import HOST, Lent, tensors
 from dks.profiler.process_state import ProcessState
 from dks.profiler.trial import (
     Case,
@@ -76,11 +76,12 @@ class Checker:
 
     Args:
         seed: of all inputs. The weights are those that ``make_inputs`` draws first from this seed.
+        device: where kernels run.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device = HOST) -> None:
         self._state = ProcessState()
-        self._cases = Cases(seed)
+        self._cases = Cases(seed, device)
         self._group = Group(())
         self._known: dict[Candidate, tuple[Verdict, Launch | None]] = {}
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -74,12 +75,13 @@ def run(
     \b
     dks-profile run configs/minilm.yaml -o runs/minilm --budget 5m
     """
-    sweep = whole = load(config)
+    sweep = whole = load(config, device or "")
     if ops is not None:
         sweep = sweep.restrict([name for name in ops.split(",") if name])
-    wanted = device or sweep.device
-    if wanted != "cpu":
-        raise BadInput(f"device: found {wanted!r}, expected 'cpu': this version measures CPU kernels only")
+    try:
+        Environment.current(sweep.device)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
     folder = folder or Path("runs") / sweep.name
     with _progress() as notify:
         outcome = run_sweep(
@@ -271,6 +273,8 @@ def doctor() -> int:
     )
     for name, reason in blind.items():
         click.echo(f"{'':>10}  not by {name}: {reason}")
+    gpus = [f"cuda:{i} {Environment.current(f'cuda:{i}').arch}" for i in range(torch.cuda.device_count())]
+    click.echo(f"{'gpus':>10}: {', '.join(gpus) or 'none that PyTorch sees'}")
     command, lack = find_compiler()
     click.echo(f"{'compiler':>10}: {' '.join(command) or f'{lack}: generated kernels can not be measured'}")
     click.echo(f"{'compiled':>10}: kept in {build.cache()}")

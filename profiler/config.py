@@ -84,20 +84,25 @@ class Sweep:
         return replace(self, operators=tuple(each for each in self.operators if each.op in wanted))
 
 
-def load(path: str | Path) -> Sweep:
+def load(path: str | Path, device: str = "") -> Sweep:
     """Read, check and enumerate one sweep config. Needs no device.
+
+    Args:
+        device: in the place of the config's, if it is not empty.
 
     Raises:
         ConfigError: all that is wrong with it, one line each.
     """
     document = Document(Path(path))
     form = read_form(document)
+    device = device or form.device
     found = pool.operators()
     plans: list[tuple[Plan, tuple[Candidate, ...]]] = []
     for name, operator_form in form.operators.items():
         if name in found:
             plan = _plan(document, found[name], operator_form, form.measure.cache)
-            plans.append((plan, _candidates(document, found[name], operator_form.candidates)))
+            known = pool.candidates_for(name, device.partition(":")[0])
+            plans.append((plan, _candidates(document, found[name], known, operator_form.candidates)))
         else:
             document.fault(("operators", name), unknown(name, found))
     document.check()
@@ -107,7 +112,7 @@ def load(path: str | Path) -> Sweep:
         document.fault(("operators",), f"found {size} problems, expected at most {MAX_PROBLEMS}; {step}")
     document.check()
     operators = tuple(_enumerate(plan, candidates) for plan, candidates in plans)
-    return Sweep(form.name, form.device, form.threads, form.budget, operators, form.measure, document.path)
+    return Sweep(form.name, device, form.threads, form.budget, operators, form.measure, document.path)
 
 
 def _enumerate(plan: Plan, candidates: tuple[Candidate, ...]) -> OperatorSweep:
@@ -244,9 +249,11 @@ def _axes(document: Document, op: Operator, form: OperatorForm, tie: Mapping[str
     return axes
 
 
-def _candidates(document: Document, op: Operator, patterns: Sequence[str]) -> tuple[Candidate, ...]:
+def _candidates(
+    document: Document, op: Operator, all_: Iterable[Candidate], patterns: Sequence[str]
+) -> tuple[Candidate, ...]:
     """Those that a pattern matches, after the framework's own, which no pattern leaves out."""
-    known = {candidate.id: candidate for candidate in pool.candidates_for(op.name)}
+    known = {candidate.id: candidate for candidate in all_}
     for index, pattern in enumerate(patterns):
         if not any(fnmatchcase(name, pattern) for name in known):
             document.fault(("operators", op.name, "candidates", index), unknown(pattern, known))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+HOST = torch.device("cpu")
 GUARD = 256  # bytes before and after each input
 _FILL = 0xFF  # reads as NaN in every float: a kernel that lets in what lies beside its input shows it
 
@@ -19,16 +20,19 @@ class Slot:
         like: gives shape, strides and dtype; its values are copied.
         align: bytes; the address is divisible by it and by no larger power of two up to 64.
         turn: another number gives another such address.
+        device: where it lies.
     """
 
-    def __init__(self, like: torch.Tensor, align: int, turn: int = 0) -> None:
+    def __init__(self, like: torch.Tensor, align: int, turn: int = 0, device: torch.device = HOST) -> None:
         item = like.element_size()
         align = max(align, item)
         span = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
         room = 64 * (turn % 8) if align >= 64 else 0
         residue = 0 if align >= 64 else align * (2 * turn + 1) % 64
         size = span * item + 2 * GUARD + 128 + room
-        self._words = torch.empty(-(-size // 8), dtype=torch.int64)  # wide ones are quicker to compare
+        self._words = torch.empty(
+            -(-size // 8), dtype=torch.int64, device=device
+        )  # wide ones are quicker to compare
         self.storage = self._words.view(torch.uint8)
         start = GUARD + room + (residue - self.storage.data_ptr() - GUARD) % 64
         self._start, self._stop = start, start + span * item
@@ -79,9 +83,11 @@ class Lent:
         return low < storage.data_ptr() + storage.nbytes() and storage.data_ptr() < high
 
 
-def place(args: Sequence[Any], align: int, turn: int = 0) -> tuple[list[Slot], tuple[Any, ...]]:
+def place(
+    args: Sequence[Any], align: int, turn: int = 0, device: torch.device = HOST
+) -> tuple[list[Slot], tuple[Any, ...]]:
     """(a slot for each tensor of ``args``, ``args`` with the tensors in their slots)."""
-    placed = [Slot(a, align, turn + i) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
+    placed = [Slot(a, align, turn + i, device) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
     slots = [p for p in placed if isinstance(p, Slot)]
     return slots, tuple(p.tensor if isinstance(p, Slot) else p for p in placed)
 

@@ -88,8 +88,8 @@ def gap(y: torch.Tensor, reference: torch.Tensor, least: float = 0.0, ignored: f
         return Gap(0.0, 0.0, 0.0, 0.0)
     own = size_of(reference)
     base = (max(own, least) if reference.numel() < FEW else own) or least or 1.0
-    column_error = torch.zeros(n, dtype=torch.float64)
-    column_size = torch.zeros(n, dtype=torch.float64)
+    column_error = torch.zeros(n, dtype=torch.float64, device=y.device)
+    column_size = torch.zeros(n, dtype=torch.float64, device=y.device)
     worst_row, worst_element = [], []
     step = max(1, _CHUNK // n)
     for start in range(0, rows, step):

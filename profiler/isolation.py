@@ -62,6 +62,7 @@ class Setting:
         cache: cold, warm or pipeline.
         timeout_s: longest silence: one candidate's check, or one window of rounds.
         folder: where workers' own output goes.
+        device: cpu, cuda or cuda:N.
     """
 
     threads: int | None
@@ -69,6 +70,7 @@ class Setting:
     cache: str
     timeout_s: float
     folder: Path
+    device: str = "cpu"
 
 
 class Process:
@@ -96,7 +98,8 @@ class Process:
         self._answers, theirs = os.pipe()
         with (setting.folder / LOG).open("ab") as log:
             # A limit on memory makes an allocation fail inside the worker, before the machine runs out.
-            limit = psutil.virtual_memory().available
+            # Not beside a GPU: its driver reserves addresses by the hundred gigabytes.
+            limit = psutil.virtual_memory().available if setting.device == "cpu" else 0
             words = ["-m", "dks.profiler.worker", str(theirs), str(self._memory), str(os.getpid()), str(limit)]
             self._child = subprocess.Popen(
                 [sys.executable, *words],
@@ -109,7 +112,7 @@ class Process:
             )
         os.close(theirs)
         try:
-            setup = {"threads": setting.threads, "seed": setting.seed, "cache": setting.cache}
+            setup = {name: getattr(setting, name) for name in ("threads", "seed", "cache", "device")}
             list(self._ask({"do": "begin", **setup}, START_S))
             self.busy_s = 0.0  # starting is what isolation costs
         except Lost as lost:

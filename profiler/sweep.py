@@ -148,11 +148,12 @@ def run_sweep(  # noqa: PLR0913 - how a run reports is not what it does
     """
     began = time.monotonic()
     environment = Environment.current(sweep.device)
-    if sweep.threads is not None:  # of the workers: no kernel runs in this process
+    if sweep.threads is not None and sweep.device == "cpu":  # of the workers: no kernel runs in this process
         environment = replace(environment, threads=str(sweep.threads))
     settings = {"cache": sweep.measure.cache, "seed": sweep.measure.seed, "neighbours": _neighbours_digest(sweep)}
     with opened(folder, sweep.name, environment, settings, fresh=fresh) as store:
-        setting = Setting(sweep.threads, sweep.measure.seed, sweep.measure.cache, sweep.measure.timeout, folder)
+        m = sweep.measure
+        setting = Setting(sweep.threads, m.seed, m.cache, m.timeout, folder, sweep.device)
         deadline = None if budget_s is None else began + budget_s
 
         def begin(number: int) -> Measurer:
@@ -219,7 +220,7 @@ class _Run:
         self._touched: set[Problem] = set()
         self._visits: dict[Problem, int] = {}
         self._screened = False
-        self._energy = EnergyMeter().unavailable() is None
+        self._energy = sweep.device == "cpu" and EnergyMeter().unavailable() is None
         self._tasks = self._enumerate()
 
     def wanted(self) -> set[Problem]:

@@ -119,7 +119,7 @@ class Trial:
         case.load(draw)
         where = f"on {draw}, {_sizes(case.problem)}"
         for part in draw.reference:
-            _poison(part.shape, self._dtype)
+            _poison(part, self._dtype)
         try:
             output = self._run(*case.args)
         except Declined as why:
@@ -205,30 +205,30 @@ class Trial:
 
     def _fresh_tensors(self, output: object, draw: Draw, slots: Sequence[Slot], where: str) -> Tensors:
         """The tensors of an output, each of them sound and with memory of its own."""
-        shapes = [part.shape for part in draw.reference]
-        if len(shapes) == 1:
+        if len(draw.reference) == 1:
             output = (output,)
-        elif type(output) is not tuple or len(output) != len(shapes):
-            expected = f"expected a tuple of {len(shapes)} tensors"
+        elif type(output) is not tuple or len(output) != len(draw.reference):
+            expected = f"expected a tuple of {len(draw.reference)} tensors"
             raise Rejected("wrong_result", f"its output: found {type(output).__name__}, {expected}, {where}")
         found: list[torch.Tensor] = []
-        for i, (y, shape) in enumerate(zip(output, shapes, strict=True)):
-            self._expect_a_fresh_tensor(y, shape, slots, found, _named(i, shapes) + where)
+        for i, (y, right) in enumerate(zip(output, draw.reference, strict=True)):
+            self._expect_a_fresh_tensor(y, right, slots, found, _named(i, draw.reference) + where)
             found.append(y)
         return tuple(found)
 
     def _expect_a_fresh_tensor(
-        self, y: object, shape: torch.Size, slots: Sequence[Slot], beside: Sequence[torch.Tensor], where: str
+        self, y: object, right: torch.Tensor, slots: Sequence[Slot], beside: Sequence[torch.Tensor], where: str
     ) -> None:
-        expected = f"expected a torch.Tensor {tuple(shape)} of {self._dtype} on cpu with memory of its own"
+        kind = f"{tuple(right.shape)} of {self._dtype} on {right.device}"
+        expected = f"expected a torch.Tensor {kind} with memory of its own"
         if type(y) is not torch.Tensor:
             raise Rejected("wrong_result", f"its output: found {type(y).__name__}, {expected}, {where}")
         found = ""
-        if y.device.type != "cpu" or y.layout is not torch.strided or y._is_zerotensor():
+        if y.device != right.device or y.layout is not torch.strided or y._is_zerotensor():
             found = f"device {y.device}, layout {y.layout}"
         elif y.dtype is not self._dtype:
             found = str(y.dtype)
-        elif y.shape != shape:
+        elif y.shape != right.shape:
             found = f"shape {tuple(y.shape)}"
         elif y.requires_grad or y.is_neg():
             found = "a tensor with work left to do"
@@ -275,14 +275,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in text for s in signs))
 
 
-def _poison(shape: torch.Size, dtype: torch.dtype) -> None:
-    """Leave blocks of an output's size, full of NaN, to whoever allocates next.
+def _poison(like: torch.Tensor, dtype: torch.dtype) -> None:
+    """Leave blocks of an output's size where it will lie, full of NaN, to whoever allocates next.
 
     Small blocks come back to a kernel's ``torch.empty``, so what it does not write is NaN. Large ones may
     come fresh from the system, all zero; there only the comparison with new values finds what was not written.
     """
-    if shape.numel() <= POISONED_NUMEL:
-        for block in [torch.full(shape, math.nan, dtype=dtype) for _ in range(2)]:
+    if like.numel() <= POISONED_NUMEL:
+        for block in [torch.full_like(like, math.nan, dtype=dtype) for _ in range(2)]:
             del block
 
 

@@ -24,6 +24,7 @@ from dks.dispatch.native import build as native_build
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build, library
 from dks.profiler.bench import Bench, Job
+from dks.profiler.device import open_device
 from dks.profiler.findings import rounds_to_json
 
 NOTE_BYTES = 256  # of shared memory: the id of the candidate in flight
@@ -55,7 +56,8 @@ class Worker:
         if request["do"] == "begin":
             if request["threads"] is not None:
                 torch.set_num_threads(request["threads"])
-            self._bench = Bench(request["seed"], request["cache"], self.in_flight)
+            device = open_device(request["device"])
+            self._bench = Bench(request["seed"], request["cache"], self.in_flight, device)
             yield {"done": True}
             return
         assert self._bench is not None, "begin comes first"

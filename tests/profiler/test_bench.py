@@ -13,6 +13,7 @@ from dks.dispatch.kernel import Kernel, Run
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.profiler import bench as bench_module
 from dks.profiler.bench import Bench, Job
+from dks.profiler.device import Host
 from dks.profiler.findings import Finding, Round
 from dks.profiler.timing import StoppingRule
 
@@ -123,16 +124,10 @@ def test_a_problem_too_small_to_rotate_beyond_the_cache_has_it_emptied(monkeypat
     emptied = []
     for cache in ("cold", "warm"):
         bench = Bench(0, cache)
-        fill = bench._scratch
-
-        class Counted:
-            def fill_(self, value: int) -> None:
-                emptied.append(value)
-
-        bench._scratch = Counted()  # type: ignore[assignment]
+        monkeypatch.setattr(bench._device, "empty_cache", emptied.append)
         timed(bench, Job(PROBLEM, ("torch.linear",), SIX, process=0))
         assert len(emptied) == 6, cache
-        assert fill.numel() >= bench._beyond
+        assert bench._device._scratch.numel() >= bench._device.beyond
 
 
 def test_the_problem_s_alignment_reaches_the_kernel(fault: Callable[..., str]) -> None:
@@ -188,7 +183,7 @@ def test_a_kernel_that_leaves_the_caches_empty_pays_for_it_in_the_pipeline(fault
     """The same numbers as the clock gives: what the follower takes is the candidate's."""
     ticks = iter(range(0, 10**6, 100))
     clock = lambda: next(ticks)  # noqa: E731
-    neighbours = bench_module._Neighbours(Bench(0, "pipeline"), (), (NORM,))
+    neighbours = bench_module._Neighbours(Bench(0, "pipeline", device=Host(clock)), (), (NORM,))
 
     def slow_follower(x: torch.Tensor) -> torch.Tensor:
         for _ in range(7):
@@ -196,7 +191,7 @@ def test_a_kernel_that_leaves_the_caches_empty_pays_for_it_in_the_pipeline(fault
         return x
 
     neighbours._after = [(slow_follower, (torch.ones(8, 64),))]
-    assert neighbours.timed(lambda x: x, (torch.ones(8, 64),), clock) == 800
+    assert neighbours.timed(lambda x: x, (torch.ones(8, 64),)) == 800
 
 
 def test_a_kernel_that_answers_from_memory_is_found_after_timing(fault: Callable[..., str]) -> None:

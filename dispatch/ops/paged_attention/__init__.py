@@ -49,7 +49,7 @@ def reference(problem: Problem, inputs: Inputs) -> torch.Tensor:
     """The same in float64."""
     q, k_cache, v_cache, block_table, lengths, scale = inputs.dynamic
     page, hkv = problem.dim("page"), problem.dim("hkv")
-    past = torch.arange(block_table.shape[1] * page) >= lengths[:, None]
+    past = torch.arange(block_table.shape[1] * page, device=lengths.device) >= lengths[:, None]
     pages = block_table.masked_fill(past[:, ::page], 0)
     k, v = (
         cache[pages].flatten(1, 2).double().masked_fill_(past[:, :, None, None], 0).transpose(1, 2)
