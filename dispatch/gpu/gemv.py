@@ -16,6 +16,7 @@ from dks.dispatch.gpu.matmul import (
     checked,
     endings,
     lack,
+    longer,
     parts_arguments,
     symbol,
     workspace_bytes,
@@ -61,9 +62,8 @@ ahead through shared memory, 1 for none; split: pieces of k.
 
 
 def params_for(dtype: str) -> tuple[Params, ...]:
-    """The parameter sets that are measured for a dtype: with elements of one byte, steps of as many bytes."""
-    wider = 2 // DTYPES[dtype][1]
-    return tuple(tuple((name, size * wider if name == "bk" else size) for name, size in each) for each in PARAMS)
+    """The parameter sets that are measured: with elements of one byte, steps of as many bytes."""
+    return longer(PARAMS, dtype)
 
 
 def gemv(

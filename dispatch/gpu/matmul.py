@@ -73,10 +73,25 @@ that run beside each other; split: pieces of k; resident: 0, or blocks that a mu
 """
 
 
-def params_for(dtype: str) -> tuple[Params, ...]:
-    """The parameter sets that are measured for a dtype: with elements of one byte, steps of as many bytes."""
-    wider = 2 // DTYPES[dtype][1]
-    return tuple(tuple((name, size * wider if name == "bk" else size) for name, size in each) for each in PARAMS)
+UNALIGNED: tuple[Params, ...] = (
+    _tile(128, 128, 64, 8, 2),
+    _tile(128, 128, 32, 8, 2),
+    _tile(64, 64, 64, 4, 2),
+    _tile(64, 64, 64, 4, 2, split=4),
+    _tile(32, 64, 64, 4, 2),
+    _tile(16, 64, 64, 4, 2),
+    _tile(16, 64, 64, 4, 2, split=4),
+)
+"""What is measured where nothing is known to be aligned to 4 bytes.
+
+Nothing is copied ahead then, so that stages make no difference, and each element takes an address of two registers:
+more than 64 of them for a thread and a step are spilled.
+"""
+
+
+def params_for(dtype: str, align: int = 16) -> tuple[Params, ...]:
+    """The parameter sets that are measured: with elements of one byte, steps of as many bytes."""
+    return UNALIGNED if align < 4 else longer(PARAMS, dtype)
 
 
 def matmul(
@@ -137,12 +152,13 @@ def workspace_bytes(m: int, n: int, params: Params) -> int:
 
 
 def shared_bytes(params: Params, dtype: str) -> int:
-    """Bytes of shared memory of a block, estimated: what the pipeline holds of x and weight.
+    """Bytes of shared memory of a block at most: what the pipeline holds of x and weight, or a tile on its way out.
 
-    The compiler's own number is known only once it has compiled.
+    It is what sm_90 and sm_100 take with tiles of 64 rows and more; others hold a stage less. The 256 are barriers.
     """
     p = dict(params)
-    return p["s"] * (p["bm"] + p["bn"]) * p["bk"] * DTYPES[dtype][1]
+    pipeline = p["s"] * (p["bm"] + p["bn"]) * p["bk"] * DTYPES[dtype][1]
+    return max(pipeline, p["bm"] * p["bn"] * (4 if p["split"] > 1 else 2)) + 256
 
 
 def impossible(dtype: str, params: Params, arch: int) -> str | None:
@@ -177,7 +193,8 @@ def programs() -> Iterator[Program]:
     found: dict[Program, None] = {}
     for dtype, (_, size) in DTYPES.items():
         for align in (16, size):
-            for params in params_for(dtype) if dtype == "bfloat16" else params_for(dtype)[::6]:
+            sets = params_for(dtype, align)
+            for params in sets if dtype == "bfloat16" else sets[::5]:
                 found.update(dict.fromkeys(matmul(dtype, params, align)))
     for epilogue in EPILOGUES:
         for params in (PARAMS[2], PARAMS[13]):  # without and with a split
@@ -198,6 +215,12 @@ def checked(dtype: str, epilogue: str, out: str) -> str:
     if out not in ("bfloat16", "float16"):
         raise ValueError(f"out: found {out!r}, expected bfloat16 or float16")
     return out
+
+
+def longer(sets: tuple[Params, ...], dtype: str) -> tuple[Params, ...]:
+    """The same sets with steps along k of as many bytes as two-byte elements have."""
+    times = 2 // DTYPES[dtype][1]
+    return tuple(tuple((name, size * times if name == "bk" else size) for name, size in each) for each in sets)
 
 
 def lack(dtype: str, shared: int, arch: int) -> str | None:

