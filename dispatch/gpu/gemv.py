@@ -16,7 +16,6 @@ from dks.dispatch.gpu.matmul import (
     checked,
     endings,
     lack,
-    longer,
     parts_arguments,
     symbol,
     workspace_bytes,
@@ -62,8 +61,11 @@ ahead through shared memory, 1 for none; split: pieces of k.
 
 
 def params_for(dtype: str) -> tuple[Params, ...]:
-    """The parameter sets that are measured: with elements of one byte, steps of as many bytes."""
-    return longer(PARAMS, dtype)
+    """The parameter sets that are measured: with elements of one byte, steps of as many bytes, and as many sums."""
+    if DTYPES[dtype][1] == 2:
+        return PARAMS
+    sets = (dict(each) for each in PARAMS)
+    return tuple(tuple({**each, "bn": each["bn"] // 2, "bk": each["bk"] * 2}.items()) for each in sets)
 
 
 def gemv(

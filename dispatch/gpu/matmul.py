@@ -91,7 +91,10 @@ more than 64 of them for a thread and a step are spilled.
 
 def params_for(dtype: str, align: int = 16) -> tuple[Params, ...]:
     """The parameter sets that are measured: with elements of one byte, steps of as many bytes."""
-    return UNALIGNED if align < 4 else longer(PARAMS, dtype)
+    if align < 4:
+        return UNALIGNED
+    times = 2 // DTYPES[dtype][1]
+    return tuple(tuple((name, size * times if name == "bk" else size) for name, size in each) for each in PARAMS)
 
 
 def matmul(
@@ -215,12 +218,6 @@ def checked(dtype: str, epilogue: str, out: str) -> str:
     if out not in ("bfloat16", "float16"):
         raise ValueError(f"out: found {out!r}, expected bfloat16 or float16")
     return out
-
-
-def longer(sets: tuple[Params, ...], dtype: str) -> tuple[Params, ...]:
-    """The same sets with steps along k of as many bytes as two-byte elements have."""
-    times = 2 // DTYPES[dtype][1]
-    return tuple(tuple((name, size * times if name == "bk" else size) for name, size in each) for each in sets)
 
 
 def lack(dtype: str, shared: int, arch: int) -> str | None:
