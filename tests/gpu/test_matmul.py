@@ -1,0 +1,230 @@
+"""Linear's Triton programs, interpreted, against float64: matrix products in tiles and with few rows.
+
+Not to be seen here: rounding to bf16 (the interpreter truncates), tensor cores' own arithmetic, and whatever
+depends on threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from dks.dispatch.gpu import gemv, matmul
+from dks.dispatch.gpu.program import Program
+from dks.dispatch.kernel import Params
+from dks.dispatch.ops.linear.epilogue import EPILOGUES
+from tests.gpu.interpreted import function_of, launch, surrounded
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # exp of a large number is infinite
+SOAK = os.environ.get("DKS_SOAK") == "1"
+
+ALIGNED, RAGGED = (32, 64, 64), (37, 41, 53)
+ODD = ((1, 1, 1), (5, 70, 16), (50, 3, 100), (16, 32, 31))
+TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-10}
+"""One unit in the last place: interpreted, float32 is cut off to bf16."""
+
+
+def tiles(bm: int = 16, bn: int = 32, bk: int = 16, group: int = 2, split: int = 1, resident: int = 0) -> Params:
+    sizes = {"bm": bm, "bn": bn, "bk": bk, "w": 4, "s": 3, "group": group, "split": split, "resident": resident}
+    return tuple(sizes.items())
+
+
+def rows(count: int, bn: int = 8, bk: int = 32, split: int = 1) -> Params:
+    return (("rows", count), ("bn", bn), ("bk", bk), ("w", 4), ("s", 1), ("split", split))
+
+
+def draw(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    if dtype == "int8":
+        return torch.randint(-128, 128, shape, dtype=torch.int8)
+    return torch.randn(shape).to(getattr(torch, dtype))
+
+
+def case(
+    shape: tuple[int, int, int], dtype: str, *, bias: bool = False, epilogue: str = "none", gap: int = 0
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Arguments by name, and y in float64."""
+    m, n, k = shape
+    out = getattr(torch, dtype if matmul.DTYPES[dtype][1] == 2 else "bfloat16")
+    tensors: dict[str, torch.Tensor] = {
+        "x": surrounded(draw((m, k), dtype), gap),
+        "weight": surrounded(draw((n, k), dtype), 2 * gap),
+        "y": surrounded(torch.zeros((m, n), dtype=out), gap + 1),
+    }
+    expected = tensors["x"].double() @ tensors["weight"].double().T
+    if matmul.DTYPES[dtype][1] == 1:
+        tensors["x_scale"], tensors["weight_scale"] = (surrounded(torch.rand(size) + 0.5) for size in (m, n))
+        expected = expected * tensors["x_scale"].double()[:, None] * tensors["weight_scale"].double()
+    if bias:
+        tensors["bias"] = surrounded(torch.randn(n).to(out))
+        expected = expected + tensors["bias"].double()
+    others = []
+    if epilogue == "add":
+        tensors["residual"] = surrounded(torch.randn(m, n).to(out), gap)
+        others.append(tensors["residual"].double())
+    apart = {f"{name}_stride": each.stride(0) for name, each in tensors.items() if each.dim() == 2}
+    absent = dict.fromkeys(("bias", "residual", "x_scale", "weight_scale", "residual_stride"), 0)
+    return {**absent, **tensors, **apart, "m": m, "n": n, "k": k}, EPILOGUES[epilogue](expected, *others)
+
+
+def run(programs: tuple[Program, ...], values: dict[str, Any], params: Params) -> torch.Tensor:
+    """y (m, n), and nothing around it has changed."""
+    y, size = values["y"], matmul.workspace_bytes(values["m"], values["n"], params)
+    around = torch.ones(y.untyped_storage().nbytes() // y.element_size(), dtype=torch.bool)
+    around.as_strided(y.shape, y.stride(), y.storage_offset()).fill_(False)
+    launch(programs, {**values, "workspace": surrounded(torch.full((size // 4,), float("nan"))) if size else 0})
+    storage = y.as_strided((len(around),), (1,), 0)
+    assert storage[around].isnan().all()
+    return y.double()
+
+
+def assert_right(y: torch.Tensor, expected: torch.Tensor, dtype: str) -> None:
+    torch.testing.assert_close(y, expected, rtol=TOLERANCE.get(dtype, 2**-7), atol=2e-3)
+
+
+@pytest.mark.parametrize("params", [tiles(), tiles(split=3), tiles(resident=1)], ids=["whole", "split", "resident"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((RAGGED, dtype) for dtype in matmul.DTYPES), (ALIGNED, "bfloat16"), *((odd, "float16") for odd in ODD)],
+    ids=str,
+)
+def test_a_product_in_tiles_is_right(shape: tuple[int, int, int], dtype: str, params: Params) -> None:
+    values, expected = case(shape, dtype, gap=3)
+    assert_right(run(matmul.matmul(dtype, params, 1), values, params), expected, dtype)
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(
+    ("m", "count", "dtype"),
+    [*((3, 4, dtype) for dtype in matmul.DTYPES), *((m, m, "float16") for m in (1, 2, 8))],
+    ids=str,
+)
+def test_a_product_of_few_rows_is_right(m: int, count: int, dtype: str, split: int) -> None:
+    for n, k in ((8, 64), (13, 75)):
+        values, expected = case((m, n, k), dtype, gap=3)
+        params = rows(count, split=split)
+        assert_right(run(gemv.gemv(dtype, params, 1), values, params), expected, dtype)
+
+
+@pytest.mark.parametrize("epilogue", matmul.EPILOGUES)
+def test_endings_are_right(epilogue: str) -> None:
+    for dtype, params, build in (
+        ("float16", tiles(), matmul.matmul),
+        ("int8", tiles(split=2), matmul.matmul),
+        ("float16", rows(2), gemv.gemv),
+    ):
+        values, expected = case((2, 40, 20), dtype, bias=True, epilogue=epilogue)
+        y = run(build(dtype, params, 1, bias=True, epilogue=epilogue), values, params)
+        assert_right(y, expected, dtype)
+
+
+@pytest.mark.parametrize("epilogue", matmul.EPILOGUES)
+def test_extreme_sums_end_as_the_frameworks(epilogue: str) -> None:
+    values, _ = case((1, 6, 16), "float16", epilogue=epilogue)
+    values["x"].zero_()
+    values["x"][0, 0] = 1
+    values["weight"].zero_()
+    values["weight"][:, 0] = torch.tensor([float("nan"), float("inf"), 60000.0, -60000.0, 0.0, -20.0])
+    others = [values["residual"].double()] if epilogue == "add" else []
+    y = run(matmul.matmul("float16", tiles(), 1, epilogue=epilogue), values, tiles())
+    expected = EPILOGUES[epilogue](values["weight"].double()[:, 0][None], *others)
+    torch.testing.assert_close(y, expected.half().double(), rtol=2**-10, atol=1e-6, equal_nan=True)
+
+
+def test_resident_blocks_take_all_tiles_between_them() -> None:
+    params = tiles(resident=1)
+    (program,) = matmul.matmul("float16", params, 2)
+    assert program.blocks({"m": 70, "n": 100}, 2) == (2, 1, 1)  # of 5 x 4 tiles
+    values, expected = case((70, 100, 16), "float16")
+    assert_right(run((program,), values, params), expected, "float16")
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_every_order_of_tiles_covers_the_output(group: int) -> None:
+    params = tiles(bn=16, group=group)
+    values, expected = case((100, 52, 16), "float16")
+    assert_right(run(matmul.matmul("float16", params, 2), values, params), expected, "float16")
+
+
+def test_an_access_outside_of_the_tensors_is_seen() -> None:
+    values, _ = case((16, 32, 16), "float16")
+    (program,) = matmul.matmul("float16", tiles(), 2)
+    with pytest.raises(Exception, match=r"read .* outside"):
+        launch((program,), {**values, "k": 17})
+    with pytest.raises(Exception, match=r"wrote .* outside"):
+        launch((program,), {**values, "y_stride": values["y_stride"] + 1})
+
+
+def test_all_programs_name_their_functions_arguments_and_have_a_symbol_of_their_own() -> None:
+    programs = [*matmul.programs(), *gemv.programs()]
+    for program in programs:
+        names = [each.name for each in program.arguments]
+        expected = function_of(program).arg_names
+        assert expected[: len(names)] == names
+        assert sorted(expected[len(names) :]) == sorted(name for name, _ in program.constants)
+    by_symbol = {program.symbol: program for program in programs}
+    assert len(set(programs)) == len(by_symbol)
+    assert {program.align for program in programs} == {16, 2, 1}
+
+
+def test_a_row_has_its_elements_alignment() -> None:
+    for dtype, widths in (("bfloat16", (8, 8)), ("int8", (8, 16))):
+        for program in matmul.matmul(dtype, tiles(split=2), 16):
+            named = {program.arguments[i].name: divisor for i, divisor in program.divisible().items()}
+            assert named["n"] == widths[0]
+            assert named.get("k", widths[1]) == widths[1]
+            assert "m" not in named
+    (program,) = matmul.matmul("bfloat16", tiles(), 2)
+    assert {program.arguments[i].type[0] for i in program.divisible()} == {"*"}
+
+
+def test_what_a_device_has_no_memory_for_is_known_beforehand() -> None:
+    large = tiles(bm=256, bn=256, bk=64)
+    assert matmul.shared_bytes(large, "bfloat16") >= 3 * 512 * 64 * 2
+    assert "shared memory, sm_80 has 166912" in (matmul.impossible("bfloat16", large, 80) or "")
+    assert matmul.impossible("bfloat16", large, 90) is None
+    assert matmul.impossible("float8_e4m3fn", tiles(), 80) == "sm_80 has no fp8"
+    assert matmul.shared_bytes(tiles(bm=128, bn=128, split=2), "bfloat16") >= 128 * 128 * 4  # sums on their way out
+    for dtype, arch in itertools.product(("bfloat16", "float16", "int8"), (80, 90, 100)):
+        assert not [params for params in matmul.params_for(dtype) if matmul.impossible(dtype, params, arch)]
+        assert not [params for params in gemv.params_for(dtype) if gemv.impossible(dtype, params, arch)]
+
+
+def test_every_shape_has_sets_that_are_meant_for_it() -> None:
+    used = set()
+    for m, n, k in itertools.product((1, 8, 16, 100, 512, 4096, 16384), (64, 1024, 4096, 28672), (64, 4096, 16384)):
+        meant = [params for params in matmul.PARAMS if matmul.suits(m, n, k, params) is None]
+        assert meant, (m, n, k)
+        used.update(meant)
+        few = [params for params in gemv.PARAMS if gemv.suits(m, n, k, params) is None]
+        assert bool(few) == (m <= gemv.MOST_ROWS) or k < 256
+        used.update(few)
+    assert used >= set(matmul.PARAMS)
+    assert "takes 4 rows" in (gemv.suits(5, 64, 4096, rows(4)) or "")
+
+
+def test_what_can_not_be_built_says_why() -> None:
+    with pytest.raises(ValueError, match="dtype: found 'float64', expected one of bfloat16"):
+        matmul.matmul("float64", tiles(), 16)
+    with pytest.raises(ValueError, match="epilogue: found 'tanh'"):
+        gemv.gemv("bfloat16", rows(1), 16, epilogue="tanh")
+    with pytest.raises(ValueError, match="out: found 'int8'"):
+        matmul.matmul("int8", tiles(), 16, out="int8")
+    with pytest.raises(ValueError, match="split=2 with resident=1"):
+        matmul.matmul("int8", tiles(split=2, resident=1), 16)
+
+
+@pytest.mark.skipif(not SOAK, reason="takes minutes: make soak runs it")
+def test_random_shapes_are_right() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        m, n, k = (int(torch.randint(1, 90, (), generator=generator)) for _ in range(3))
+        dtype = [*matmul.DTYPES][int(torch.randint(0, 4, (), generator=generator))]
+        split = int(torch.randint(1, 5, (), generator=generator))
+        values, expected = case((m, n, k), dtype, bias=True, epilogue="add", gap=split)
+        params = tiles(split=split)
+        y = run(matmul.matmul(dtype, params, 1, bias=True, epilogue="add"), values, params)
+        assert_right(y, expected, dtype)
