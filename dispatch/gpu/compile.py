@@ -71,12 +71,16 @@ def build(
             ThreadPoolExecutor(count) as pool,
         ):
             running = {pool.submit(_build_one, all_, *task): task for task in todo}
-            for done, future in enumerate(as_completed(running), total - len(todo) + 1):
-                (program, arch), why = running[future], future.result()
-                if why:
-                    failed[program.symbol, arch] = why
-                if progress is not None:
-                    progress(done, total, program, arch, why)
+            try:
+                for done, future in enumerate(as_completed(running), total - len(todo) + 1):
+                    (program, arch), why = running[future], future.result()
+                    if why:
+                        failed[program.symbol, arch] = why
+                    if progress is not None:
+                        progress(done, total, program, arch, why)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # else what has not begun would still be compiled
+                raise
     except OSError as error:
         why = f"{tiles.cache()}: {error.strerror or error}; set {tiles.CACHE} to a folder that can be written"
         return {(program.symbol, arch): why for program, arch in todo if not is_built(program, arch)}
@@ -117,6 +121,7 @@ def ptx(program: Program, arch: int) -> str:
     return _path(program, arch, ".ptx").read_text(encoding="utf-8")
 
 
+@lru_cache
 def version() -> str:
     """Triton's version, or an empty text where there is none. It is not imported."""
     try:

@@ -132,6 +132,8 @@ def check(cubin: Cubin) -> None:
         raise ValueError(f"{len(cubin.inputs())} arguments and names of the grid, expected at most {MAX_INPUTS}")
     if (found := parameters(cubin.elf, cubin.function)) != cubin.layout():
         raise ValueError(f"{cubin.function} has parameters of {found} bytes, expected {cubin.layout()}")
+    if (arch := arch_of(cubin.elf)) not in (0, cubin.arch):
+        raise ValueError(f"the code is for sm_{arch}, expected sm_{cubin.arch}")
 
 
 def _check_arguments(cubin: Cubin) -> None:
@@ -239,6 +241,7 @@ _MAX_NAME = 600
 _NOTHING = 8  # the kind of a section that holds nothing in the file
 _VALUE, _BYTES = 0x03, 0x04  # how an entry of .nv.info holds its value
 _PARAMETER = 0x17  # the entry of one parameter of a kernel
+_ARCH_AT = {7: 0, 8: 8}  # bit of the file's flags where its architecture begins, by the version of its form
 
 
 def parameters(elf: bytes, function: str) -> list[int]:
@@ -263,6 +266,17 @@ def parameters(elf: bytes, function: str) -> list[int]:
     if sorted(found) != list(range(len(found))):
         raise ValueError(f"found parameters {sorted(found)} of {function}")
     return [found[i] for i in range(len(found))]
+
+
+def arch_of(elf: bytes) -> int:
+    """The architecture that code is for, as ``limits.ARCHS`` has it; 0 where the file's form is a newer one.
+
+    Raises:
+        ValueError: it is no cubin.
+    """
+    _sections(elf)
+    shift = _ARCH_AT.get(elf[8])
+    return 0 if shift is None else int(struct.unpack_from("<I", elf, 48)[0]) >> shift & 0xFF
 
 
 def _sections(elf: bytes) -> dict[str, tuple[int, int]]:

@@ -55,6 +55,7 @@ struct Functions {
   int (*GetErrorName)(int, const char**) = nullptr;
   int (*GetErrorString)(int, const char**) = nullptr;
   int (*ThreadExchangeStreamCaptureMode)(int*) = nullptr;
+  int (*FuncLoad)(Handle) = nullptr;  // from 12.4 on; null before
 };
 
 // One context of one device. Once others can see it, only that it is the primary one may still turn out.
@@ -151,6 +152,8 @@ class Driver {
     bind(library, found.GetErrorName, "cuGetErrorName", lacks);
     bind(library, found.GetErrorString, "cuGetErrorString", lacks);
     bind(library, found.ThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode", lacks);
+    const char* newer = nullptr;
+    bind(library, found.FuncLoad, "cuFuncLoad", newer);
     if (lacks != nullptr) {
       say(why, size, "the NVIDIA driver is too old: it has no ", lacks);
       dlclose(library);
@@ -470,6 +473,8 @@ class Driver {
       code = call_.ModuleGetFunction(&function, module, cubin.function);
       if (code == success && cubin.shared > shared_without_asking)
         code = call_.FuncSetAttribute(function, max_dynamic_shared_size, cubin.shared);
+      // By default the driver loads a function's code with its first launch, which may have to wait for the device.
+      if (code == success && call_.FuncLoad != nullptr) code = call_.FuncLoad(function);
       if (code != success) call_.ModuleUnload(module);
     }
     call_.ThreadExchangeStreamCaptureMode(&mode);

@@ -20,7 +20,7 @@ ARGUMENTS = (
 LETTERS = {"i32": "i", "i64": "l", "fp32": "f"}
 
 
-def elf(function: str, sizes: Sequence[int]) -> bytes:
+def elf(function: str, sizes: Sequence[int], arch: int = 90) -> bytes:
     """A file with the sections that the reader looks at."""
     at, info = 0, b""
     for i, size in enumerate(sizes):
@@ -33,8 +33,10 @@ def elf(function: str, sizes: Sequence[int]) -> bytes:
     for kind, data, name in contents:
         table += struct.pack("<IIQQQQIIQQ", name, kind, 0, 0, 64 + len(body), len(data), 0, 0, 1, 0)
         body += data
-    head = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHI", 2, 190, 1)
-    head += struct.pack("<QQQ", 0, 0, 64 + len(body)) + struct.pack("<IHHHHHH", 0, 64, 0, 0, 64, len(contents), 1)
+    head = b"\x7fELF\x02\x01\x01\x41\x08" + bytes(7) + struct.pack("<HHI", 2, 190, 1)
+    head += struct.pack("<QQQ", 0, 0, 64 + len(body)) + struct.pack(
+        "<IHHHHHH", arch << 8 | 2, 64, 0, 0, 64, len(contents), 1
+    )
     return head + body + table
 
 
@@ -65,4 +67,4 @@ def made(symbol: str = "f", **changes: Any) -> Cubin:
     cubin = Cubin(**fields)
     if cubin.elf:
         return cubin
-    return Cubin(**(fields | {"elf": elf(cubin.function, cubin.layout())}))
+    return Cubin(**(fields | {"elf": elf(cubin.function, cubin.layout(), cubin.arch)}))

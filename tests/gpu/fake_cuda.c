@@ -125,6 +125,10 @@ EXPORT int cuFuncSetAttribute(void* function, int attribute, int value) {
   number(made, value);
   return 0;
 }
+EXPORT int cuFuncLoad(void* function) {
+  note("funcload", functions[(uintptr_t)function].name);
+  return 0;
+}
 EXPORT int cuThreadExchangeStreamCaptureMode(int* mode) {
   const int before = capture_mode;
   capture_mode = *mode;

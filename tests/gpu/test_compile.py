@@ -82,6 +82,7 @@ def test_programs_compile_to_what_can_be_launched(compiled: dict[tuple[str, int]
     found = compiling.load(multiply(16), arch)
     assert (found.function, found.arch, found.triton, found.warps) == ("multiply", arch, compiling.version(), 4)
     assert cubins.parameters(found.elf, "multiply") == [8] * 3 + [4] * 7 + [8, 8]
+    assert cubins.arch_of(found.elf) == arch
     assert found.divisors() == [16, 16, 16, 1, 8, 8, 8, 8, 8, 1] and found.inputs()[-1] == "scale"
     assert found.shared > 0 and found.scratch == 0 and len(found.elf) < 64 * 1024
     assert fits(found, arch) is None
@@ -221,6 +222,7 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
         ({"elf": b""}, "no ELF file"),
         ({"elf": elf("f__ppiilfpp", [8, 8, 4, 4, 8, 4, 8])}, r"has parameters of \[8, 8, 4, 4, 8, 4, 8\] bytes"),
         ({"elf": elf("g", [8])}, "no code of f__ppiilfpp"),
+        ({"elf": elf("f__ppiilfpp", [8, 8, 4, 4, 8, 4, 8, 8], 80)}, "the code is for sm_80, expected sm_90"),
         ({"elf": elf("f__ppiilfpp", [8])[:-1]}, "no table of sections"),
         ({"elf": elf("f__ppiilfpp", [8]).replace(b"\xbe\0", b"\x3e\0", 1)}, "machine 62"),
     ],

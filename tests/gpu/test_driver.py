@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_modules_load_once_with_capture_relaxed(opened: Open, fake: Fake) -> Non
     ((_, (context, image, mode)),) = fake.calls("load")
     assert context == fake.primary(0) and mode == 2
     assert ctypes.string_at(image, len(cubin.elf)) == cubin.elf
-    assert fake.calls("attribute") == [("f__ppiilfpp", [8, 100_000])]
+    assert fake.calls("attribute") == [("f__ppiilfpp", [8, 100_000])] and len(fake.calls("funcload")) == 1
     assert [numbers[6] for _, numbers in fake.calls("launch")] == [100_000] * 3
 
 
@@ -371,6 +372,14 @@ def test_embedded_programs_are_found_and_launched(fake: Fake, tmp_path: Path) ->
     with pytest.raises(ValueError, match="one symbol"):
         embed.build([cubins[0], cubins[0]], tmp_path / "twice.so")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["_gpu.so", "again", "libcuda.so.1"]
+
+
+def test_serving_imports_no_compiler() -> None:
+    heavy = ("triton", "jinja2", "numpy", "dks.dispatch.gpu.compile", "dks.dispatch.gpu.embed")
+    code = "import torch, sys; before = set(sys.modules); import dks.dispatch.gpu.launch\n"
+    code += f"print([name for name in set(sys.modules) - before if name in {heavy!r}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 C = """
