@@ -26,7 +26,7 @@ from dks.dispatch.errors import BadInput
 from dks.dispatch.gpu import cubin as cubins
 from dks.dispatch.gpu import program as programs
 from dks.dispatch.gpu.cubin import Cubin
-from dks.dispatch.gpu.limits import ARCHS
+from dks.dispatch.gpu.limits import ARCHS, lacks
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.tiles import build as tiles
 from dks.dispatch.tiles.library import Missing
@@ -46,7 +46,7 @@ def build(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[tuple[str, int], str]:
-    """Compile what is not in the cache, on all cores.
+    """Compile programs for architectures, where the cache has them not, on all cores.
 
     Args:
         workers: how many processes at most; one a core where None.
@@ -55,11 +55,19 @@ def build(
         Why it failed, by symbol and architecture, of each program that has no compiled form now.
     """
     archs = tuple(archs)
-    todo = list(dict.fromkeys((program, arch) for program in wanted for arch in archs))
+    return build_tasks([(program, arch) for program in wanted for arch in archs], workers, progress)
+
+
+def build_tasks(
+    tasks: Iterable[Task], workers: int | None = None, progress: Progress | None = None
+) -> dict[tuple[str, int], str]:
+    """The same for pairs of program and architecture."""
+    todo = list(dict.fromkeys(tasks))
     if why := tiles.distrust() or _no_triton():
         return {(program.symbol, arch): why for program, arch in todo}
-    total, failed = len(todo), dict[tuple[str, int], str]()
-    todo = [task for task in todo if not is_built(*task)]
+    total = len(todo)
+    failed = {(program.symbol, arch): why for program, arch in todo if (why := lacks(program, arch)) is not None}
+    todo = [task for task in todo if (task[0].symbol, task[1]) not in failed and not is_built(*task)]
     if not todo:
         return failed
     count = min(workers or os.cpu_count() or 1, len(todo))

@@ -32,11 +32,20 @@ MAX_FACTORS = 8
 TYPES = {"i32": 4, "i64": 8, "fp32": 4}
 """Bytes of an argument by its type; addresses have 8."""
 
+ELEMENTS = {
+    **dict.fromkeys(("i1", "i8", "u8", "fp8e4nv", "fp8e5"), 1),
+    **dict.fromkeys(("i16", "u16", "fp16", "bf16"), 2),
+    **dict.fromkeys(("i32", "u32", "fp32"), 4),
+    **dict.fromkeys(("i64", "u64", "fp64"), 8),
+}
+"""Bytes of what an address points to; the device faults where it is not aligned by as many."""
+
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}\Z")
 _FUNCTION = re.compile(r"[A-Za-z_$][A-Za-z0-9_$.]{0,499}\Z")
-_POINTER = re.compile(r"\*[a-z0-9]{1,12}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{16}\Z")
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,60}\Z")
+
+_ALL_TYPES = {*TYPES, *(f"*{name}" for name in ELEMENTS)}
 
 Grid = tuple[tuple[Factor, ...], tuple[Factor, ...], tuple[Factor, ...]]
 
@@ -86,8 +95,11 @@ class Cubin:
         return [8 if each.type.startswith("*") else TYPES[each.type] for each in self.arguments] + [8, 8]
 
     def divisors(self) -> list[int]:
-        """Of each argument: what divides it in every call of the alignment class; 1 where nothing is known."""
-        return [max(self.align // each.unit, 1) if each.unit else 1 for each in self.arguments]
+        """What must divide each argument, else nothing may be launched: as the alignment class says, and an address
+        by its element's size whatever that says; 1 where nothing is known."""
+        least = [ELEMENTS[each.type[1:]] if each.type.startswith("*") else 1 for each in self.arguments]
+        known = [self.align // each.unit if each.unit else 1 for each in self.arguments]
+        return list(map(max, least, known))
 
     def inputs(self) -> tuple[str, ...]:
         """Names of what a launch must be told: the arguments, and what the grid names beside them."""
@@ -145,7 +157,7 @@ def _check_arguments(cubin: Cubin) -> None:
     for each in cubin.arguments:
         if not isinstance(each.name, str) or not _SYMBOL.match(each.name):
             raise ValueError(f"an argument's name is {each.name!r}")
-        if not isinstance(each.type, str) or not (each.type in TYPES or _POINTER.match(each.type)):
+        if not isinstance(each.type, str) or each.type not in _ALL_TYPES:
             raise ValueError(f"argument {each.name} is {each.type!r}, expected an address, {', '.join(TYPES)}")
         if type(each.unit) is not int or not 0 <= each.unit <= 256 or each.unit & (each.unit - 1):
             raise ValueError(f"argument {each.name} has unit {each.unit!r}, expected 0 or a power of two")

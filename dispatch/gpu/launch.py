@@ -155,6 +155,7 @@ class Library:
         code = self._library.dks_gpu_open(None if driver is None else os.fsencode(driver), why, len(why))
         self.lack = why.value.decode("utf-8", "replace") if code else ""
         """Why nothing can be launched, or an empty text."""
+        self._embedded: dict[tuple[str, int], Kernel] | None = None
 
     @classmethod
     def from_bytes(cls, data: bytes, driver: str | None = None) -> Library:
@@ -170,10 +171,12 @@ class Library:
 
     def embedded(self) -> dict[tuple[str, int], Kernel]:
         """The programs that are in the library, by symbol and architecture."""
-        count = ctypes.c_int32()
-        first = self._library.dks_gpu_embedded(ctypes.byref(count))
-        found = (self._add(first[i], None) for i in range(count.value))
-        return {(kernel.symbol, kernel.arch): kernel for kernel in found}
+        if self._embedded is None:
+            count = ctypes.c_int32()
+            first = self._library.dks_gpu_embedded(ctypes.byref(count))
+            found = [self._add(first[i], None) for i in range(count.value)]
+            self._embedded = {(kernel.symbol, kernel.arch): kernel for kernel in found}
+        return self._embedded
 
     def add(self, cubin: Cubin) -> Kernel:
         """A program that is not embedded. It stays for as long as the process."""

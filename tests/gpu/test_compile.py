@@ -20,7 +20,7 @@ from dks.dispatch.gpu import compile as compiling
 from dks.dispatch.gpu import cubin as cubins
 from dks.dispatch.gpu import program as programs
 from dks.dispatch.gpu.cubin import Cubin
-from dks.dispatch.gpu.limits import ARCHS, fits, runs_on
+from dks.dispatch.gpu.limits import ARCHS, fits, lacks, runs_on
 from dks.dispatch.gpu.program import Argument, Program
 from dks.dispatch.tiles import build as tiles
 from dks.dispatch.tiles.library import Missing
@@ -169,6 +169,12 @@ def test_failures_are_reasons(folder: Path) -> None:
             compiling.load(program, 90)
     assert [done for done, *_ in seen] == [1, 2, 3, 4, 5, 6] and all(total == 6 for _, total, *_ in seen)
     assert compiling.load(good, 90).symbol == "small_good"
+
+
+def test_what_an_architecture_has_not_is_not_compiled_for_it(folder: Path) -> None:
+    of_bytes = multiply(16, symbol="small_fp8", arguments=(Argument("x", "*fp8e4nv", 1),))
+    assert compiling.build([of_bytes], [80]) == {("small_fp8", 80): "sm_80 has no float8_e4m3"}
+    assert lacks(of_bytes, 89) is None and lacks(multiply(16), 80) is None
 
 
 def test_a_compiler_that_takes_too_long_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
