@@ -66,7 +66,7 @@ def build_tasks(
     if why := tiles.distrust() or _no_triton():
         return {(program.symbol, arch): why for program, arch in todo}
     total = len(todo)
-    failed = {(program.symbol, arch): why for program, arch in todo if (why := lacks(program, arch)) is not None}
+    failed = {(program.symbol, arch): lack for program, arch in todo if (lack := lacks(program, arch)) is not None}
     todo = [task for task in todo if (task[0].symbol, task[1]) not in failed and not is_built(*task)]
     if not todo:
         return failed
@@ -91,7 +91,7 @@ def build_tasks(
                 raise
     except OSError as error:
         why = f"{tiles.cache()}: {error.strerror or error}; set {tiles.CACHE} to a folder that can be written"
-        return {(program.symbol, arch): why for program, arch in todo if not is_built(program, arch)}
+        failed |= {(program.symbol, arch): why for program, arch in todo if not is_built(program, arch)}
     return failed
 
 
