@@ -313,9 +313,10 @@ class Driver {
 
   static bool sound(const dks_gpu_call& call) {
     if (call.step_count < 1 || call.step_count > DKS_GPU_MAX_STEPS || call.steps == nullptr) return false;
+    if (call.slot_count < 0 || (call.slot_count > 0 && call.slots == nullptr)) return false;
     for (std::int32_t i = 0; i < call.step_count; ++i) {
       const dks_gpu_step& step = call.steps[i];
-      if (step.kernel == nullptr) return false;
+      if (step.kernel == nullptr || (step.sources == nullptr && step.kernel->cubin->input_count > 0)) return false;
       for (std::int32_t j = 0; j < step.kernel->cubin->input_count; ++j)
         if (step.sources[j].slot < -1 || step.sources[j].slot >= call.slot_count) return false;
     }

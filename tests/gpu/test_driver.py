@@ -5,17 +5,19 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dks.dispatch.compiler import find_compiler
 from dks.dispatch.gpu import embed, launch
 from dks.dispatch.gpu.launch import ContextLost, LaunchFailed, Library, Plan, Step
-from dks.dispatch.gpu.program import Argument
+from dks.dispatch.gpu.program import Argument, Program
 from dks.dispatch.kernel import Declined
 from tests.gpu.conftest import FAKE, Fake, Open, compile_with, embedded
 from tests.gpu.cubins import made
@@ -88,6 +90,33 @@ def test_the_grid_may_name_what_is_no_argument(opened: Open, fake: Fake) -> None
     run(plan, b=7)
     ((_, numbers),) = fake.calls("launch")
     assert numbers[:3] == [3, 7, 1] and len(numbers) == 9 + 8
+
+
+def test_the_grid_is_the_programs(opened: Open, fake: Fake) -> None:
+    """Computed twice, in Python and C++: held equal on random grids."""
+    library, rng = opened(multiprocessors=60), random.Random(4)
+    numbers = (Argument("a", "i32"), Argument("b", "i64"), Argument("c", "i32"))
+    for i in range(60):
+        names = ("a", "b", "c", "d", "")
+        axes = [
+            tuple((rng.choice(names), rng.choice((1, 3, 16, 100))) for _ in range(rng.randint(0, 3))) for _ in "xyz"
+        ]
+        grid: Any = tuple(axes)
+        resident = rng.choice((0, 0, 1, 4))
+        program = Program(f"p{i}", "", "", numbers, (), 1, 4, 1, grid, resident)
+        plan = Plan(
+            library, [Step(library.add(made(f"p{i}", arguments=numbers, grid=grid, resident=resident, align=1)))]
+        )
+        values = {name: rng.choice((1, 2, 15, 16, 17, 33)) for name in "abcd"}
+        x, y, z = program.blocks(values, 60)
+        before = len(fake.calls("launch"))
+        if max(y, z) > 65535:
+            with pytest.raises(Declined, match="grid"):
+                plan(*(values[name] for name in plan.names))
+            continue
+        plan(*(values[name] for name in plan.names))
+        (_, found), *_ = fake.calls("launch")[before:]
+        assert tuple(found[:3]) == (x, y, z), (grid, resident, values)
 
 
 @pytest.mark.parametrize(
@@ -319,13 +348,17 @@ def test_more_contexts_than_there_is_room_for(opened: Open, fake: Fake) -> None:
         fake.pop()
 
 
-@pytest.mark.parametrize("change", ["slot", "steps", "kernel"])
+@pytest.mark.parametrize("change", ["slot_count", "slots", "steps", "kernel", "sources"])
 def test_calls_that_contradict_themselves_are_refused(opened: Open, fake: Fake, change: str) -> None:
     library = opened()
     plan = Plan(library, [Step(library.add(made()))])
     call = plan._call(tuple(GOOD.values()), 0, 0, (0, 0))
-    if change == "slot":
+    if change == "slot_count":
         call.slot_count = 3
+    elif change == "slots":
+        call.slots = None
+    elif change == "sources":
+        call.steps[0].sources = None
     elif change == "steps":
         call.step_count = 9
     else:
