@@ -25,12 +25,11 @@ from dks.dispatch.gpu.program import Argument, Program
 from dks.dispatch.tiles import build as tiles
 from dks.dispatch.tiles.library import Missing
 from tests.gpu.cubins import elf, made
+from tests.gpu.ptx import moves_16_bytes, moves_elements
 from tests.mutations import nothing_runs
 
 pytest.importorskip("triton")
 SOURCES = Path(__file__).parent / "sources"
-WIDE = re.compile(r"cp\.async\.cg\.shared\.global[^;]*0x10,|ld\.global(?:\.\w+)*\.v4\.b32")
-WIDE_STORE = re.compile(r"st\.global(?:\.\w+)*\.v4\.b32")
 
 
 def multiply(align: int, **changes: Any) -> Program:
@@ -97,10 +96,8 @@ def test_only_the_aligned_form_moves_16_bytes_at_once(
     compiled: dict[tuple[str, int], str], arch: int, kernel: str
 ) -> None:
     aligned, loose = compiled[f"{kernel}_a16", arch], compiled[f"{kernel}_a2", arch]
-    assert WIDE.search(aligned), aligned
-    assert WIDE_STORE.search(aligned)
-    assert re.search(r"\b(ld|st)\.global", loose) and not re.search(r"\b(ld|st)\.global[.\w]*\.v\d", loose)
-    assert "cp.async" not in loose
+    assert moves_16_bytes(aligned) and not moves_elements(aligned, 2)
+    assert moves_elements(loose, 2) and not moves_16_bytes(loose)
     assert ("cp.async.cg.shared.global" in aligned) == (kernel == "small_multiply")
 
 

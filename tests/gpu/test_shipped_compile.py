@@ -16,8 +16,10 @@ import pytest
 
 import dks.dispatch.gpu
 from dks.dispatch.gpu import compile as compiling
+from dks.dispatch.gpu.cubin import ELEMENTS
 from dks.dispatch.gpu.limits import ARCHS, fits, lacks
 from dks.dispatch.gpu.program import Program
+from tests.gpu.ptx import moves_16_bytes, moves_elements
 
 pytest.importorskip("triton")
 SOAK = os.environ.get("DKS_SOAK") == "1"
@@ -63,6 +65,12 @@ def test_every_program_compiles(
     filtered = {}
     for program, arch in tasks:
         cubin = compiling.load(program, arch)
+        text = compiling.ptx(program, arch)
+        if program.align >= 16:
+            assert moves_16_bytes(text), f"{program.symbol} sm_{arch}: nothing is gained by its alignment"
+        elif program.align < 4:
+            size = max(ELEMENTS[each.type[1:]] for each in program.arguments if each.type.startswith("*"))
+            assert moves_elements(text, size), f"{program.symbol} sm_{arch}: faults where it is not aligned"
         if (why := fits(cubin, arch)) is not None:
             filtered[f"{program.symbol} sm_{arch}"] = why
     record_property("filtered", filtered)
