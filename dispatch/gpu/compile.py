@@ -165,6 +165,7 @@ def _build_one(workers: _Workers, program: Program, arch: int) -> str:
             made = _cubin(program, arch, answer, out.with_suffix(".cubin").read_bytes())
             out.with_suffix(".ptx").replace(path.with_suffix(".ptx"))
             cubins.write(made, path)
+            out.with_suffix(".cubin").unlink()
             path.with_suffix(".txt").unlink(missing_ok=True)
         except (ValueError, TypeError, KeyError) as error:
             why = f"the compiler made what can't be launched: {error}"
@@ -252,7 +253,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=folder,
-                env=_environment(folder),
+                env=_environment(folder, number),
                 start_new_session=True,  # the compiler starts processes of its own
             )
 
@@ -299,13 +300,13 @@ class _Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, number: int) -> dict[str, str]:
     """Of a process that compiles: no setting of Triton's but ours, and all that it writes goes into ``folder``."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     return kept | {
         "TRITON_DISABLE_LINE_INFO": "1",  # a third of the size, and no path in it
         "TRITON_HOME": str(folder),
-        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TRITON_CACHE_DIR": str(folder / f"triton-{number}"),
         "TMPDIR": str(folder),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ def main(sources: str) -> None:
     """Answer requests until there are no more. ``sources`` is the folder of the kernels."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a compiler prints is no answer
-    sys.path.pop(0)  # this file's folder: its names are none for everybody
+    own = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != own]  # its names are none for everybody
     for name in ("dks", "dks.dispatch", "dks.dispatch.gpu", "dks.dispatch.gpu.kernels"):
         package = ModuleType(name)
         package.__path__ = [sources] if name.endswith("kernels") else []
@@ -32,10 +34,9 @@ def main(sources: str) -> None:
         try:
             answer = compile_one(json.loads(line))
         # A compiler fails in as many ways as it has authors, and this process is there to say how.
-        except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
+        except Exception as error:
             answer = {"why": f"{type(error).__name__}: {error}"}
+        shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)  # a megabyte each, and never asked again
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -20,10 +21,13 @@ from dks.dispatch.gpu import compile as compiling
 from dks.dispatch.gpu import cubin as cubins
 from dks.dispatch.gpu import program as programs
 from dks.dispatch.gpu.cubin import Cubin
+from dks.dispatch.gpu.launch import Plan, Step
 from dks.dispatch.gpu.limits import ARCHS, fits, lacks, runs_on
 from dks.dispatch.gpu.program import Argument, Program
+from dks.dispatch.kernel import Declined
 from dks.dispatch.tiles import build as tiles
 from dks.dispatch.tiles.library import Missing
+from tests.gpu.conftest import Fake, Open
 from tests.gpu.cubins import elf, made
 from tests.gpu.ptx import moves_16_bytes, moves_elements
 from tests.mutations import nothing_runs
@@ -99,6 +103,24 @@ def test_only_the_aligned_form_moves_16_bytes_at_once(
     assert moves_16_bytes(aligned) and not moves_elements(aligned, 2)
     assert moves_elements(loose, 2) and not moves_16_bytes(loose)
     assert ("cp.async.cg.shared.global" in aligned) == (kernel == "small_multiply")
+
+
+def test_what_was_compiled_is_what_is_launched(compiled: Any, opened: Open, fake: Fake) -> None:
+    library = opened()
+    program, found = multiply(16), compiling.load(multiply(16), 90)
+    plan = Plan(library, [Step(library.add(found))])
+    assert plan.names == tuple(each.name for each in program.arguments)
+    plan(0x1000, 0x2000, 0x3000, 130, 200, 64, 64, 200, 200, 0.5, stream=9)
+    ((_, (_, image, _)),) = fake.calls("load")
+    assert ctypes.string_at(image, len(found.elf)) == found.elf
+    ((name, numbers),) = fake.calls("launch")
+    assert (name, numbers[:3]) == ("multiply", list(program.blocks({"m": 130, "n": 200}, 132)))
+    assert numbers[3:8] == [128, 1, 1, found.shared, 9]
+    with pytest.raises(Declined, match="not aligned"):
+        plan(0x1000, 0x2000, 0x3000, 130, 200, 64, 64, 201, 200, 0.5)
+    loose = Plan(library, [Step(library.add(compiling.load(multiply(2), 90)))])
+    loose(0x1002, 0x2002, 0x3002, 130, 201, 63, 63, 201, 201, 0.5)
+    assert len(fake.calls("launch")) == 2
 
 
 def test_the_same_bytes_anywhere(
