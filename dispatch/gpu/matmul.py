@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dks.dispatch.gpu.limits import LIMITS
 from dks.dispatch.gpu.program import Argument, Program
 from dks.dispatch.kernel import Params
 
@@ -29,9 +30,6 @@ DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "int8": ("i8", 1), "f
 """Triton's name and bytes of an element, by dtype of x and weight. Those of one byte have scales."""
 
 EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu", "add")
-
-SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Bytes of shared memory that one block may have, by architecture."""
 
 
 def _tile(bm: int, bn: int, bk: int, w: int, s: int, **more: int) -> Params:
@@ -224,7 +222,7 @@ def lack(dtype: str, shared: int, arch: int) -> str | None:
     """What an architecture lacks for a dtype and so many bytes of shared memory, or None."""
     if dtype == "float8_e4m3fn" and arch < 89:
         return f"sm_{arch} has no fp8"
-    limit = SHARED_LIMIT[arch]
+    limit = LIMITS[arch].shared
     return f"needs {shared} bytes of shared memory, sm_{arch} has {limit}" if shared > limit else None
 
 

@@ -1,0 +1,79 @@
+"""Every Triton program that DKS ships compiles, for every architecture, on a machine without a GPU.
+
+A test a family. All of them take some ten minutes of two cores, so that by default a few of each family are
+compiled: one of each kernel and alignment class, for one architecture after the other. DKS_SOAK=1 compiles all for
+all, and the cache keeps them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import dks.dispatch.gpu
+from dks.dispatch.gpu import compile as compiling
+from dks.dispatch.gpu.cubin import ELEMENTS
+from dks.dispatch.gpu.limits import ARCHS, fits, lacks
+from dks.dispatch.gpu.program import Program
+from tests.gpu.ptx import moves_16_bytes, moves_elements
+
+pytest.importorskip("triton")
+SOAK = os.environ.get("DKS_SOAK") == "1"
+
+
+def families() -> dict[str, Callable[[], Iterator[Program]]]:
+    """By module name: what yields a family's programs."""
+    names = [each.name for each in pkgutil.iter_modules(dks.dispatch.gpu.__path__)]
+    modules = {name: importlib.import_module(f"dks.dispatch.gpu.{name}") for name in names}
+    return {
+        name: module.programs for name, module in modules.items() if callable(getattr(module, "programs", None))
+    }
+
+
+FAMILIES = families()
+
+
+def wanted(family: list[Program]) -> list[tuple[Program, int]]:
+    """What is compiled in this run."""
+    every = [(program, arch) for program in family for arch in ARCHS if lacks(program, arch) is None]
+    if SOAK:
+        return every
+    kinds = list({(program.source, program.function, program.align): program for program in family}.values())
+    few = [(program, ARCHS[i % len(ARCHS)]) for i, program in enumerate(kinds)]
+    return [task for task in few if task in every]
+
+
+@pytest.fixture(scope="module")
+def failed() -> dict[tuple[str, int], str]:
+    """Why what this run wants has no compiled form; all families at once, so that no core waits for another."""
+    return compiling.build_tasks(task for programs in FAMILIES.values() for task in wanted(list(programs())))
+
+
+@pytest.mark.parametrize("family", FAMILIES or [pytest.param("", marks=pytest.mark.skip(reason="no family yet"))])
+def test_every_program_compiles(
+    family: str, failed: dict[tuple[str, int], str], record_property: Callable[[str, object], None]
+) -> None:
+    programs = list(FAMILIES[family]())
+    assert len({program.symbol for program in programs}) == len(programs) > 0, "a symbol names one program"
+    tasks = wanted(programs)
+    reasons = [failed[program.symbol, arch] for program, arch in tasks if (program.symbol, arch) in failed]
+    assert not reasons, f"{len(reasons)} of {len(tasks)} don't compile:\n" + "\n\n".join(reasons[:3])
+    filtered = {}
+    for program, arch in tasks:
+        cubin = compiling.load(program, arch)
+        text = compiling.ptx(program, arch)
+        if program.align >= 16:
+            assert moves_16_bytes(text), f"{program.symbol} sm_{arch}: nothing is gained by its alignment"
+        elif program.align < 4:
+            size = max(ELEMENTS[each.type[1:]] for each in program.arguments if each.type.startswith("*"))
+            assert moves_elements(text, size), f"{program.symbol} sm_{arch}: faults where it is not aligned"
+        if (why := fits(cubin, arch)) is not None:
+            filtered[f"{program.symbol} sm_{arch}"] = why
+    record_property("filtered", filtered)
+    for name, why in filtered.items():
+        print(f"filtered: {name}: {why}")
+    assert len(filtered) <= len(tasks) // 4, f"{len(filtered)} of {len(tasks)} can't be launched: {filtered}"
