@@ -29,6 +29,7 @@ FLAGS = (
 )
 # The run-time is linked in: a process may hold that of its framework beside it, in another version.
 LINK = ("-shared", "-cudart", "static", "-Xlinker", "-s,--build-id=none")
+TIMEOUT = 1800.0  # seconds: one takes a minute where nothing else runs
 
 
 def find_nvcc() -> tuple[Path | None, str]:
@@ -163,7 +164,7 @@ def _compile(configuration: Configuration) -> str:
             (folder / "kernel.cu").write_text(source(configuration), encoding="utf-8")
             compiling = command(configuration)
             for step in (compiling, [compiling[0], *LINK, "kernel.o", "-o", "kernel.so"]):
-                code, output = run_compiler(step, folder)
+                code, output = run_compiler(step, folder, TIMEOUT)
                 if code != 0:
                     return failure(step, code, output)
             # The object first: a library without it would be taken as whole.
