@@ -348,6 +348,7 @@ def test_a_kernel_compiles_loads_and_refuses_what_it_would_get_wrong(
     for change, status in (
         ({"rows": -1}, 2),
         ({"ldx": 256}, 2),
+        ({"ldx": 1 << 32}, 2),
         ({"ldy": 128}, 2),
         ({"y": None}, 4),
         ({"residual": None if adds else 0x5000}, 4),

@@ -13,7 +13,7 @@ enum dks_cutlass_status {
   DKS_CUTLASS_OK = 0,
   /* Nothing was launched: */
   DKS_CUTLASS_MISALIGNED = 1, /* an address, a row's distance, n or k is not divisible by what the kernel needs */
-  DKS_CUTLASS_REFUSED = 2,    /* sizes below zero, above 2^31 - 1, or ones that CUTLASS refuses */
+  DKS_CUTLASS_REFUSED = 2,    /* sizes or distances below zero, above 2^31 - 1, or that CUTLASS refuses */
   DKS_CUTLASS_WORKSPACE = 3,  /* the workspace is smaller than <name>_workspace says */
   DKS_CUTLASS_LACKS = 4,      /* a null pointer that the kernel needs, or one that it cannot use */
   DKS_CUTLASS_FAILED = 5,     /* CUTLASS could not launch and named no CUDA error */

@@ -19,7 +19,8 @@ inline int objection(const dks_cutlass_linear& w, const dks_cutlass_call& c, int
   if (w.weight == nullptr || c.x == nullptr || c.y == nullptr) return DKS_CUTLASS_LACKS;
   if (adds != (c.residual != nullptr)) return DKS_CUTLASS_LACKS;
   if (!scales && (w.weight_scale != nullptr || c.x_scale != nullptr)) return DKS_CUTLASS_LACKS;
-  for (int64_t size : {c.rows, w.n, w.k})
+  // CUTLASS counts in int; and it launches with a broken descriptor, after a line on stderr, where TMA takes none.
+  for (int64_t size : {c.rows, w.n, w.k, w.ldw, c.ldx, c.ldy, adds ? c.ldr : 0})
     if (size < 0 || size > INT32_MAX) return DKS_CUTLASS_REFUSED;
   if (w.k == 0) return DKS_CUTLASS_REFUSED;
   if (w.ldw < w.k || c.ldx < w.k || c.ldy < w.n || (adds && c.ldr < w.n)) return DKS_CUTLASS_REFUSED;
