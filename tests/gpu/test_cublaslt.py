@@ -9,10 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dks.dispatch.compiler import find_compiler
 from dks.dispatch.gpu.cublaslt import build
-from dks.dispatch.gpu.cublaslt.library import Algorithm, Call, Found, Library, Matmul, Problem, Refused
+from dks.dispatch.gpu.cublaslt.library import (
+    EPILOGUES,
+    Algorithm,
+    Call,
+    Found,
+    Library,
+    Matmul,
+    Problem,
+    Refused,
+)
+from dks.dispatch.kernel import relative_error
+from tests.gpu.linears import ROWS, case
 
 FAKE = Path(__file__).parent / "fake_cublaslt.c"
 
@@ -253,6 +265,30 @@ def test_an_algorithm_is_named_by_its_bytes_and_version() -> None:
     one = Algorithm(bytes(64), 130100, workspace=1)
     assert one.id == dataclasses.replace(one, workspace=2).id == "e03d3c14ec2409ce"
     assert len({one.id, dataclasses.replace(one, version=130200).id, Algorithm(b"\1" * 64, 130100).id}) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("align", [16, 2])
+def test_every_algorithm_computes_linear(binary: Path, dtype: str, epilogue: str, align: int) -> None:
+    real = Library(binary)  # torch has loaded it
+    for rows in ROWS:
+        made = case(dtype, epilogue, rows, align, "cuda")
+        (n, k), workspace = made.weight.shape, torch.empty(32 << 20, dtype=torch.uint8, device="cuda")
+        matmul = Matmul(rows, n, k, dtype, epilogue, bias=True, align=(align,) * 5)
+        found = real.search(matmul)
+        assert found and [each.id for each in found] == [each.id for each in real.search(matmul)]
+        for algorithm in found:
+            made.y.fill_(float("nan"))
+            call = Call(
+                *(None if t is None else t.data_ptr() for t in (made.x, made.weight, made.bias, made.residual))
+            )
+            call.y, call.workspace, call.workspace_bytes = made.y.data_ptr(), workspace.data_ptr(), 32 << 20
+            call.stream = torch.cuda.current_stream().cuda_stream
+            real.bind(matmul, algorithm)(call)
+            torch.cuda.synchronize()
+            assert relative_error(made.y, made.expected) < 1e-2, algorithm.id
 
 
 def test_most_is_bounded(lt: Library) -> None:
