@@ -33,10 +33,10 @@ def find_compiler() -> tuple[list[str], str]:
     return [str(Path(found).absolute()), *words[1:]], ""
 
 
-def run_compiler(command: Sequence[str], folder: Path) -> tuple[int, str]:
-    """Exit code and output of a command in ``folder``; past the time limit its process group is killed."""
+def run_compiler(command: Sequence[str], folder: Path, timeout: float | None = None) -> tuple[int, str]:
+    """Exit code and output of a command in ``folder``; past so many seconds, or TIMEOUT, its group is killed."""
     try:
-        return _run(command, folder)
+        return _run(command, folder, TIMEOUT if timeout is None else timeout)
     except OSError as error:  # no program after all, such as a script without its first line
         return 126, f"{error.strerror}: {command[0]}"
 
@@ -53,7 +53,7 @@ def _version(command: tuple[str, ...]) -> str:
     return output.partition("\n")[0].strip() if code == 0 else "unknown"
 
 
-def _run(command: Sequence[str], folder: Path) -> tuple[int, str]:
+def _run(command: Sequence[str], folder: Path, timeout: float) -> tuple[int, str]:
     with subprocess.Popen(
         command,
         cwd=folder,  # so that messages name no path of ours
@@ -64,10 +64,10 @@ def _run(command: Sequence[str], folder: Path) -> tuple[int, str]:
         start_new_session=True,  # the compiler's driver starts processes of its own
     ) as process:
         try:
-            output, _ = process.communicate(timeout=TIMEOUT)
+            output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return process.wait(), f"took more than {TIMEOUT:.0f} s"
+            return process.wait(), f"took more than {timeout:.0f} s"
         return process.returncode, output.decode("utf-8", "replace")
 
 

@@ -1,0 +1,65 @@
+"""Compiling the library that opens cuBLASLt. It needs a C++ compiler, and nothing of CUDA."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from dks.dispatch import trust
+from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch.tiles import build
+
+HERE = Path(__file__).parent
+BINARY = "libdks_cublaslt.so"
+FLAGS = (
+    *("-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    *("-Wall", "-Wextra", "-Wfatal-errors", "-s", "-Wl,--build-id=none"),
+)
+
+
+@lru_cache
+def digest() -> str:
+    """First 16 hex digits of a SHA-256 over the sources."""
+    sources = [(HERE / name).read_bytes() for name in ("cublaslt.h", "cublaslt.cpp")]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
+
+
+def compile_into(folder: Path) -> str:
+    """Compile ``folder``/libdks_cublaslt.so, in one step.
+
+    Returns:
+        Why it failed, or an empty text.
+    """
+    compiler, reason = find_compiler()
+    if reason:
+        return reason
+    try:
+        with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as name:
+            made = Path(name) / BINARY
+            source = str(HERE / "cublaslt.cpp")
+            command = [*compiler, *FLAGS, "-iquote", str(HERE), source, "-o", BINARY, "-ldl"]
+            code, output = run_compiler(command, made.parent)
+            if code != 0 or not made.is_file():
+                return failure(compiler, code, output)
+            made.replace(folder / BINARY)
+    except OSError as error:
+        return f"{folder}: {error.strerror or error}"
+    return ""
+
+
+def cached() -> tuple[Path | None, str]:
+    """(the library, compiled once and kept beside the generated kernels, "") or (None, why there is none)."""
+    if why := build.distrust():
+        return None, why
+    key = hashlib.sha256("\0".join((digest(), *FLAGS, build.compiler_version())).encode()).hexdigest()[:16]
+    folder = build.cache() / f"cublaslt-{key}"
+    if not (folder / BINARY).is_file():
+        try:
+            trust.make_folder(folder)
+        except OSError as error:
+            return None, f"{folder}: {error.strerror or error}"
+        if why := compile_into(folder):
+            return None, why
+    return folder / BINARY, ""
