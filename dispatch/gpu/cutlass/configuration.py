@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from dks.dispatch.gpu.limits import LIMITS
+
 HERE = Path(__file__).parent
 _SHARED = ("abi.h", "call.hpp", "functions.j2")
 
 Shape = tuple[int, int, int]
 """Extents along m (rows of x), n (output channels) and k."""
-
-SHARED_MEMORY: Mapping[int, int] = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
-"""Bytes of shared memory that a block can have, by compute capability (CUDA programming guide, table of technical
-specifications): 1 KB less than the multiprocessor's."""
 
 SIZES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 """Bytes of an element of x and of the weight; what a kernel may take."""
@@ -173,13 +171,14 @@ class Configuration:
         """Each may rely on those before it not having been raised."""
         if self.schedule not in SCHEDULES or self.dtype not in SIZES or self.epilogue not in ACTIVATIONS:
             yield f"{self.schedule}, {self.dtype}, {self.epilogue}: not all of them are known"
-        if self.arch not in SHARED_MEMORY:
-            yield f"sm_{self.arch}: expected one of {', '.join(f'sm_{arch}' for arch in SHARED_MEMORY)}"
+        if self.arch not in LIMITS:
+            yield f"sm_{self.arch}: expected one of {', '.join(f'sm_{arch}' for arch in LIMITS)}"
         yield from self._multistage_objections() if self.multistage else self._hopper_objections()
         # Two stages at least, or nothing overlaps.
         shared = max(self.stages, 2) * (self.tile[0] + self.tile[1]) * self.tile[2] * SIZES[self.dtype]
-        if shared > SHARED_MEMORY[self.arch]:
-            yield f"needs {shared} bytes of shared memory, sm_{self.arch} gives {SHARED_MEMORY[self.arch]}"
+        most = LIMITS[self.arch].shared
+        if shared > most:
+            yield f"needs {shared} bytes of shared memory, sm_{self.arch} gives {most}"
 
     def _multistage_objections(self) -> Iterator[str]:
         wide = SIZES[self.dtype] == 2
