@@ -1,90 +1,177 @@
-"""Runs programs on CPU tensors through Triton's interpreter, which ``tests/conftest.py`` switches on.
-
-Every access is checked: to touch anything but an element of one of the tensors is an error, even if what was
-read would not count.
-"""
+"""Running programs in Triton's interpreter, which is slow and knows neither warps nor pipelines, but whose every
+address can be looked at: nothing but elements of the tensors may be read, nothing but those of outputs written."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from triton.runtime.interpreter import InterpreterBuilder
+from triton.runtime import interpreter
 
 from dks.dispatch.gpu.program import Program
 
-MULTIPROCESSORS = 2
-"""Of the device that resident programs believe to run on."""
+SOAK = os.environ.get("DKS_SOAK") == "1"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Of one rounding; the interpreter truncates to bfloat16, which costs up to one unit in the last place.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
-def function_of(program: Program) -> Any:
-    """The interpreted function of a program."""
-    module = importlib.import_module(f"dks.dispatch.gpu.kernels.{program.source.removesuffix('.py')}")
-    return getattr(module, program.function)
+def some(step: int, *axes: Iterable[Any]) -> list[Any]:
+    """Every ``step``-th of all combinations; all of them with DKS_SOAK=1. The interpreter is slow."""
+    return list(itertools.product(*axes))[:: 1 if SOAK else step]
 
 
-def launch(programs: Iterable[Program], values: Mapping[str, Any], multiprocessors: int = MULTIPROCESSORS) -> None:
-    """Launch programs in order; ``values`` holds a tensor, a number, or 0 for a null address, by argument.
+def launch(
+    programs: Sequence[Program], values: Mapping[str, Any], outputs: Iterable[str], multiprocessors: int = 132
+) -> None:
+    """Run them in order with these values of their arguments; ``outputs`` names the tensors that they may write.
+
+    A tensor of no elements, or 0, stands for a null pointer.
 
     Raises:
-        AssertionError: a program read or wrote outside of the tensors.
+        Exception: a program read or wrote outside of the tensors.
     """
-    sizes = {name: value for name, value in values.items() if isinstance(value, int)}
-    for program in programs:
-        constants = dict(program.constants)
-        if "UPCAST" in constants:
-            constants["UPCAST"] = int(program.arguments[0].type == "*bf16")  # whose bits the interpreter multiplies
-        given = [values[each.name] for each in program.arguments]
-        with _watched([value for value in given if isinstance(value, torch.Tensor)]):
-            function_of(program)[program.blocks(sizes, multiprocessors)](*given, **constants)
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    readable = [places(value) for value in tensors.values()]
+    writable = [places(tensors[name]) for name in outputs if name in tensors]
+    watched = _watched(np.unique(np.concatenate(readable)), np.unique(np.concatenate(writable)))
+    with watched, np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of NaN
+        for program in programs:
+            kernel = kernel_of(program)
+            numbers = {name: value for name, value in values.items() if isinstance(value, int)}
+            constants = dict(program.constants)
+            if "UPCAST" in constants:  # whose bits the interpreter multiplies
+                constants["UPCAST"] = int(program.arguments[0].type == "*bf16")
+            arguments = [values[argument.name] for argument in program.arguments]
+            for argument, value in zip(program.arguments, arguments, strict=True):
+                assert fits(argument.type, value), (argument, value)
+            with _patched_once():
+                kernel[program.blocks(numbers, multiprocessors)](*arguments, **constants)
 
 
-def surrounded(tensor: torch.Tensor, gap: int = 0) -> torch.Tensor:
-    """A copy (rows, columns) or (n,) whose rows are ``gap`` elements further apart, NaN or 111 all around it."""
-    rows, columns = tensor.shape if tensor.dim() == 2 else (1, tensor.shape[0])
-    stride, margin = columns + gap, 64
-    filler = float("nan") if tensor.dtype.is_floating_point else 111
-    storage = torch.full((rows * stride + 2 * margin,), filler).to(tensor.dtype)
-    view = storage.as_strided((rows, columns), (stride, 1), margin)
-    view.copy_(tensor.view(rows, columns))
-    return view if tensor.dim() == 2 else view[0]
+def kernel_of(program: Program) -> Any:
+    """The function, whose arguments are those that the program says, constants last."""
+    module = importlib.import_module(f"dks.dispatch.gpu.kernels.{program.source.removesuffix('.py')}")
+    kernel = getattr(module, program.function)
+    named = [argument.name for argument in program.arguments] + [name for name, _ in program.constants]
+    assert kernel.arg_names == named
+    return kernel
+
+
+ELEMENTS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8e4nv": torch.float8_e4m3fn,
+    "i8": torch.int8,
+    "i32": torch.int32,
+    "i64": torch.int64,
+}
+
+
+def fits(type: str, value: Any) -> bool:
+    """Whether an argument of this type may have the value."""
+    if not type.startswith("*"):
+        return isinstance(value, float if type.startswith("fp") else int)
+    return (value.dtype is ELEMENTS[type[1:]]) if isinstance(value, torch.Tensor) else value == 0
+
+
+def places(t: torch.Tensor) -> Any:
+    """Addresses of a tensor's elements."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        offsets = offsets[..., None] + torch.arange(size) * stride
+    return (offsets.flatten() * t.element_size() + t.data_ptr()).numpy().astype(np.uint64)
 
 
 @contextmanager
-def _watched(tensors: list[torch.Tensor]) -> Iterator[None]:
-    allowed = np.unique(np.concatenate([_addresses(each) for each in tensors]))
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+def _watched(readable: Any, writable: Any) -> Iterator[None]:
+    builder = interpreter.interpreter_builder
+    load, store = builder.create_masked_load, builder.create_masked_store
 
-    def check(what: str, pointers: Any, mask: Any) -> None:
-        touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel().astype(np.uint64)
-        at = np.minimum(np.searchsorted(allowed, touched), len(allowed) - 1)
-        outside = int((allowed[at] != touched).sum())
+    def check(what: str, pointers: Any, mask: Any, allowed: Any) -> None:
+        wanted = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]  # some are integers
+        at = np.minimum(np.searchsorted(allowed, wanted), len(allowed) - 1)
+        outside = int((allowed[at] != wanted).sum())
         assert not outside, f"{what} {outside} elements outside of the tensors"
 
-    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        check("read", pointers, mask)
-        return load(self, pointers, mask, *rest)
+    def checked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        check("read", pointers, mask, readable)
+        return load(pointers, mask, *rest)
 
-    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        check("wrote", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+    def checked_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("wrote", pointers, mask, writable)
+        return store(pointers, value, mask, *rest)
 
-    InterpreterBuilder.create_masked_load = checked_load
-    InterpreterBuilder.create_masked_store = checked_store
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     try:
         yield
     finally:
-        InterpreterBuilder.create_masked_load = load
-        InterpreterBuilder.create_masked_store = store
+        del builder.create_masked_load, builder.create_masked_store
 
 
-def _addresses(tensor: torch.Tensor) -> np.ndarray:
-    """Of every element."""
-    offsets = np.zeros((), np.int64)
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = offsets[..., None] + np.arange(size) * stride
-    return (tensor.data_ptr() + offsets.ravel() * tensor.element_size()).astype(np.uint64)
+@contextmanager
+def _patched_once() -> Iterator[None]:
+    """The interpreter changes Triton's modules anew for each function that a kernel calls, which takes most of its
+    time; once for each set of modules that functions see is enough."""
+    patch, done = interpreter._patch_lang, dict[Any, Any]()
+
+    def patch_once(function: Any) -> Any:
+        seen = frozenset(id(value) for value in function.__globals__.values() if isinstance(value, ModuleType))
+        if seen not in done:
+            done[seen] = patch(function)
+        return done[seen]
+
+    interpreter._patch_lang = patch_once
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
+
+
+def placed(t: torch.Tensor, gap: int = 0, offset: int = 0) -> torch.Tensor:
+    """A copy amid NaN: ``offset`` elements after the start of memory, rows of the last dim ``gap`` apart."""
+    *outer, n = t.shape
+    count = t[..., :1].numel() * (n + gap)
+    storage = torch.full((offset + count + 8,), torch.nan, dtype=t.dtype)
+    view = storage[offset : offset + count].view(*outer, n + gap)[..., :n]
+    return view.copy_(t)
+
+
+def blank(*shape: int, dtype: torch.dtype, gap: int = 0) -> torch.Tensor:
+    """An output: NaN, amid NaN."""
+    return placed(torch.full(shape, torch.nan, dtype=dtype), gap, 3)
+
+
+def null(dtype: torch.dtype) -> torch.Tensor:
+    """What stands for a null pointer: nothing can be read there."""
+    return torch.empty(0, dtype=dtype)
+
+
+def assert_close(y: torch.Tensor, reference: torch.Tensor, slack: float = 1.0, dtype: Any = None) -> None:
+    """Within a rounding of the float64 ``reference``, as ``dtype`` rounds, else y's; ``slack`` times that."""
+    tolerance = slack * TOLERANCE[dtype or y.dtype]
+    torch.testing.assert_close(y.double(), reference, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def check_family(programs: Iterable[Program]) -> None:
+    """What holds of every program: its kernel takes what it says, its grid is known, its name is its own."""
+    found = list(programs)
+    assert len({program.symbol for program in found}) == len(found) == len(set(found))
+    assert {program.align for program in found} == {2, 16}
+    for program in found:
+        kernel_of(program)
+        assert program.symbol.isidentifier()
+        names = {argument.name for argument in program.arguments}
+        assert {name for axis in program.grid for name, _ in axis if name} <= names

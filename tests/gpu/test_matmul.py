@@ -7,7 +7,6 @@ depends on threads.
 from __future__ import annotations
 
 import itertools
-import os
 from typing import Any
 
 import pytest
@@ -17,15 +16,26 @@ from dks.dispatch.gpu import gemv, matmul
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.kernel import Params
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
-from tests.gpu.interpreted import function_of, launch, surrounded
+from tests.gpu.interpreted import SOAK, kernel_of, launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # exp of a large number is infinite
-SOAK = os.environ.get("DKS_SOAK") == "1"
 
+OUTPUTS, MULTIPROCESSORS = ("y", "workspace"), 2  # few, so that resident blocks take turns
 ALIGNED, RAGGED = (32, 64, 64), (37, 41, 53)
 ODD = ((1, 1, 1), (5, 70, 16), (50, 3, 100), (16, 32, 31))
 TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-10}
 """One unit in the last place: interpreted, float32 is cut off to bf16."""
+
+
+def surrounded(tensor: torch.Tensor, gap: int = 0) -> torch.Tensor:
+    """A copy (rows, columns) or (n,) whose rows are ``gap`` elements further apart, NaN or 111 all around it."""
+    rows, columns = tensor.shape if tensor.dim() == 2 else (1, tensor.shape[0])
+    stride, margin = columns + gap, 64
+    filler = float("nan") if tensor.dtype.is_floating_point else 111
+    storage = torch.full((rows * stride + 2 * margin,), filler).to(tensor.dtype)
+    view = storage.as_strided((rows, columns), (stride, 1), margin)
+    view.copy_(tensor.view(rows, columns))
+    return view if tensor.dim() == 2 else view[0]
 
 
 def tiles(bm: int = 16, bn: int = 32, bk: int = 16, group: int = 2, split: int = 1, resident: int = 0) -> Params:
@@ -75,7 +85,8 @@ def run(programs: tuple[Program, ...], values: dict[str, Any], params: Params) -
     y, size = values["y"], matmul.workspace_bytes(values["m"], values["n"], params)
     around = torch.ones(y.untyped_storage().nbytes() // y.element_size(), dtype=torch.bool)
     around.as_strided(y.shape, y.stride(), y.storage_offset()).fill_(False)
-    launch(programs, {**values, "workspace": surrounded(torch.full((size // 4,), float("nan"))) if size else 0})
+    workspace = surrounded(torch.full((size // 4,), float("nan"))) if size else 0
+    launch(programs, {**values, "workspace": workspace}, OUTPUTS, MULTIPROCESSORS)
     storage = y.as_strided((len(around),), (1,), 0)
     assert storage[around].isnan().all()
     return y.double()
@@ -153,16 +164,16 @@ def test_an_access_outside_of_the_tensors_is_seen() -> None:
     values, _ = case((16, 32, 16), "float16")
     (program,) = matmul.matmul("float16", tiles(), 2)
     with pytest.raises(Exception, match=r"read .* outside"):
-        launch((program,), {**values, "k": 17})
+        launch((program,), {**values, "k": 17}, OUTPUTS)
     with pytest.raises(Exception, match=r"wrote .* outside"):
-        launch((program,), {**values, "y_stride": values["y_stride"] + 1})
+        launch((program,), {**values, "y_stride": values["y_stride"] + 1}, OUTPUTS)
 
 
 def test_all_programs_name_their_functions_arguments_and_have_a_symbol_of_their_own() -> None:
     programs = [*matmul.programs(), *gemv.programs()]
     for program in programs:
         names = [each.name for each in program.arguments]
-        expected = function_of(program).arg_names
+        expected = kernel_of(program).arg_names
         assert expected[: len(names)] == names
         assert sorted(expected[len(names) :]) == sorted(name for name, _ in program.constants)
     by_symbol = {program.symbol: program for program in programs}

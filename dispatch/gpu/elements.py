@@ -1,0 +1,63 @@
+"""What the families of programs share: elements as Triton names them, arguments, names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dks.dispatch.gpu.program import Argument
+from dks.dispatch.kernel import Params
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """A dtype.
+
+    Attributes:
+        name: Triton's.
+        size: bytes.
+    """
+
+    name: str
+    size: int
+
+    def pointer(self, name: str) -> Argument:
+        """An address of such elements, which has the call's alignment."""
+        return Argument(name, f"*{self.name}", 1)
+
+    def step(self, name: str) -> Argument:
+        """A stride or a width, in elements, that keeps addresses in the call's alignment."""
+        return Argument(name, "i32", self.size)
+
+
+ELEMENTS: Mapping[str, Element] = {
+    "float32": Element("fp32", 4),
+    "bfloat16": Element("bf16", 2),
+    "float16": Element("fp16", 2),
+}
+
+
+def element_of(dtype: str) -> Element:
+    """Raises ValueError for a dtype that these families do not take."""
+    if dtype not in ELEMENTS:
+        raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(ELEMENTS)}")
+    return ELEMENTS[dtype]
+
+
+SWEPT = ("bfloat16",)
+"""The dtypes that a sweep compiles unless it is asked for others."""
+
+
+def aligns(dtype: str) -> tuple[int, int]:
+    """The alignment classes that are compiled, in bytes: whole vectors, and nothing but elements."""
+    return 16, ELEMENTS[dtype].size
+
+
+def counts(*names: str) -> tuple[Argument, ...]:
+    """Numbers of which nothing is known."""
+    return tuple(Argument(name, "i32") for name in names)
+
+
+def symbol(*words: str | int, params: Params, align: int) -> str:
+    """A program's name, from what tells it from others of its family."""
+    return "_".join(("dks", *map(str, words), *(f"{name}{value}" for name, value in params), f"a{align}"))
