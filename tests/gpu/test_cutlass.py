@@ -339,7 +339,7 @@ def test_a_kernel_compiles_loads_and_refuses_what_it_would_get_wrong(
     """Addresses are invented: nothing is ever launched."""
     assert it.symbol not in failed, failed[it.symbol]
     kernel, adds = library.load(build.locate(it), it), it.epilogue == "add"
-    linear = Linear(weight=0x1000, bias=0x2000, n=256, k=512, ldw=512)
+    linear = Linear(weight=0x1000, bias=0x2000, n=256, k=512, ldw=512, multiprocessors=132)
     call = Call(x=0x3000, y=0x4000, residual=0x5000 if adds else None, rows=64, ldx=512, ldy=256, ldr=256)
     assert kernel.workspace(linear, call) >= 0
     odd_sizes = [{"k": 511}, {"ldw": 513}, {"n": 255}] if it.align > 2 else []
@@ -348,7 +348,10 @@ def test_a_kernel_compiles_loads_and_refuses_what_it_would_get_wrong(
     odd_rows = [{"ldx": 513}, {"ldy": 257}] if it.align > 2 else []
     for change in ({"x": 0x3001}, {"y": 0x4001}, *odd_rows):
         assert kernel.run(linear, _but(call, change)) == 1, change
-    assert kernel.run(_but(linear, {"k": 0}), call) == 2
+    for change in ({"k": 0}, {"multiprocessors": 0}):
+        assert kernel.run(_but(linear, change), call) == 2, change
+        with pytest.raises(ValueError, match="out of range"):
+            kernel.workspace(_but(linear, change), call)
     for change, status in (
         ({"rows": -1}, 2),
         ({"ldx": 256}, 2),
@@ -393,7 +396,8 @@ def test_a_kernel_computes_linear(it: Configuration) -> None:
     for rows in ROWS:
         made = case(it.dtype, it.epilogue, rows, it.align, "cuda")
         (n, k), at = made.weight.shape, _address
-        linear = Linear(at(made.weight), at(made.bias), at(made.weight_scale), n, k, k)
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        linear = Linear(at(made.weight), at(made.bias), at(made.weight_scale), n, k, k, processors)
         call = Call(at(made.x), at(made.x_scale), at(made.residual), at(made.y), rows, k, n, n)
         workspace = torch.empty(kernel.workspace(linear, call), dtype=torch.uint8, device="cuda")
         call.workspace, call.workspace_bytes = at(workspace), workspace.numel()

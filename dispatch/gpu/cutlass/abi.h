@@ -13,7 +13,7 @@ enum dks_cutlass_status {
   DKS_CUTLASS_OK = 0,
   /* Nothing was launched: */
   DKS_CUTLASS_MISALIGNED = 1, /* an address, a row's distance, n or k is not divisible by what the kernel needs */
-  DKS_CUTLASS_REFUSED = 2,    /* sizes or distances below zero, above 2^31 - 1, or that CUTLASS refuses */
+  DKS_CUTLASS_REFUSED = 2,    /* sizes or distances out of range (0 to 2^31 - 1, k above 0), or that CUTLASS refuses */
   DKS_CUTLASS_WORKSPACE = 3,  /* the workspace is smaller than <name>_workspace says */
   DKS_CUTLASS_LACKS = 4,      /* a null pointer that the kernel needs, or one that it cannot use */
   DKS_CUTLASS_FAILED = 5,     /* CUTLASS could not launch and named no CUDA error */
@@ -30,7 +30,7 @@ struct dks_cutlass_linear {
   const void* bias;          /* n of y's type, or null */
   const float* weight_scale; /* of an output channel (n), or null for 1; fp8 and int8 alone */
   int64_t n, k, ldw;
-  int32_t multiprocessors; /* that may be used; 0 asks the run-time each time */
+  int32_t multiprocessors; /* of the device, or fewer that may be used; 1 at least */
 };
 
 struct dks_cutlass_call {
@@ -47,7 +47,7 @@ struct dks_cutlass_call {
 /* An enum dks_cutlass_status. */
 typedef int (*dks_cutlass_fn)(const struct dks_cutlass_linear*, const struct dks_cutlass_call*);
 
-/* Bytes of workspace that this call needs; it asks the current device. */
+/* Bytes of workspace that this call needs, asking the current device; or minus a status. */
 typedef int64_t (*dks_cutlass_workspace_fn)(const struct dks_cutlass_linear*, const struct dks_cutlass_call*);
 
 #endif

@@ -23,6 +23,7 @@ inline int objection(const dks_cutlass_linear& w, const dks_cutlass_call& c, int
   for (int64_t size : {c.rows, w.n, w.k, w.ldw, c.ldx, c.ldy, adds ? c.ldr : 0})
     if (size < 0 || size > INT32_MAX) return DKS_CUTLASS_REFUSED;
   if (w.k == 0) return DKS_CUTLASS_REFUSED;
+  if (w.multiprocessors < 1) return DKS_CUTLASS_REFUSED;  // stream-K divides by it where no device tells its own
   if (w.ldw < w.k || c.ldx < w.k || c.ldy < w.n || (adds && c.ldr < w.n)) return DKS_CUTLASS_REFUSED;
   uint64_t bits = 0, scale = 0;
   for (const void* each : {w.weight, w.bias, c.x, c.residual, static_cast<const void*>(c.y)})

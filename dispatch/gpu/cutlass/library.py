@@ -13,7 +13,7 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 OK = 0
 REASONS = {
     1: "an address, a row's distance, n or k is not divisible by what the kernel needs",
-    2: "CUTLASS refuses these sizes",
+    2: "a size, a distance or the number of multiprocessors is out of range, or CUTLASS refuses it",
     3: "the workspace is too small",
     4: "a pointer is missing that the kernel needs, or given that it can't use",
     5: "CUTLASS could not launch",
@@ -60,10 +60,16 @@ class Kernel:
         return status
 
     def workspace(self, linear: Linear, call: Call) -> int:
-        """Bytes of workspace that a call needs on the current device."""
+        """Bytes of workspace that a call needs on the current device.
+
+        Raises:
+            ValueError: the kernel would refuse this call, with the reason.
+        """
         function = self.library[f"{self.symbol}_workspace"]
         function.restype = _INT64
         size: int = function(ctypes.byref(linear), ctypes.byref(call))
+        if size < 0:
+            raise ValueError(f"{self.symbol}: {why(-size)}")
         return size
 
 
