@@ -76,7 +76,7 @@ def test_a_form_and_a_limit_keep_candidates_out() -> None:
 
 
 def test_too_little_is_saved_or_it_is_tied_or_not_stable() -> None:
-    rows = [row("torch.linear", 10), row(ADDMM, 7)]
+    rows = [row("torch.linear", 10), row(ADDMM, 8.5)]
     assert told(rule(rows)) == {"ahead of the default by less than dispatching costs": {ADDMM: 1}}
     rows = [row("torch.linear", 1000), row(ADDMM, 505), row(PACKED, 500)]
     made = rule(rows)
