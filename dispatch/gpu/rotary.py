@@ -9,9 +9,9 @@ from dks.dispatch.gpu.program import Argument, Program
 from dks.dispatch.kernel import Params
 
 PARAMS: tuple[Params, ...] = tuple(
-    (("heads", heads), ("warps", warps)) for heads, warps in ((4, 1), (8, 2), (32, 4))
+    (("heads", heads), ("warps", warps)) for heads, warps in ((8, 1), (16, 2), (32, 4))
 )
-"""Heads of a program, warps."""
+"""Heads of a program, warps: with heads of 64, 16 bytes of q a thread."""
 
 
 def rotary(dtype: str, cache: str, d: int, params: Params, align: int) -> tuple[Program, ...]:
