@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def here() -> list[tuple[Unit, str]]:
     return [(made, call) for made, call in cases() if made.needs.lack() is None]
 
 
+PARTS = 2  # compiled beside each other
 SOAK = os.environ.get("DKS_SOAK") == "1"
 SANITIZERS = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DEXACT_SCRATCH"),
@@ -87,51 +89,39 @@ def test_on_exactly_sized_memory(sanitizer: str, rounds: int, tmp_path: Path) ->
     known = here()
     if lack or not known:
         pytest.skip(lack or "no vectors on this machine")
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-g1",
-        "-pthread",
-        "-ffp-contract=off",
-        "-w",
-        "-DDKS_EMULATE",
-        *SANITIZERS[sanitizer],
-    ]
+    flags = ["-std=c++17", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-w", "-DDKS_EMULATE"]
+    command = [*compiler, *flags, *SANITIZERS[sanitizer]]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
-    empty = subprocess.run([*compiler, *flags, probe, "-o", tmp_path / "probe"], capture_output=True, check=False)
+    empty = subprocess.run([*command, probe, "-o", tmp_path / "probe"], capture_output=True, check=False)
     if empty.returncode or subprocess.run([tmp_path / "probe"], capture_output=True, check=False).returncode:
         pytest.skip(f"no {sanitizer} sanitizer here")
-    (tmp_path / "units.cpp").write_text(build.source([made for made, _ in known]))
+    with ThreadPoolExecutor(PARTS) as pool:  # most of the time goes into compiling
+        done = [
+            pool.submit(run_sanitized, command, known[part::PARTS], rounds, tmp_path / str(part))
+            for part in range(PARTS)
+        ]
+    for part in done:
+        assert part.result().returncode == 0, (part.result().stdout + part.result().stderr)[-4000:]
+        assert " 0 wrong" in part.result().stdout
+
+
+def run_sanitized(
+    command: Sequence[str], known: Sequence[tuple[Unit, str]], rounds: int, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """Compile the program with these kernels, and run it; what failed, if it did not compile."""
+    folder.mkdir()
+    (folder / "units.cpp").write_text(build.source([made for made, _ in known]))
     # Emulated tiles take their time.
     turns = [rounds // 5 if "Amx" in made.type else rounds for made, _ in known]
     calls = "".join(f'  {call}"{made.symbol}", {n});\n' for (made, call), n in zip(known, turns, strict=True))
-    (tmp_path / "cases.inc").write_text(calls)
+    (folder / "cases.inc").write_text(calls)
     options = dict.fromkeys(option for made, _ in known for option in made.needs.options)
-    done = subprocess.run(
-        [
-            *compiler,
-            *flags,
-            *options,
-            "-iquote",
-            HEADERS,
-            "-iquote",
-            tmp_path,
-            PROGRAM,
-            "-o",
-            tmp_path / "run",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    places = ["-iquote", str(HEADERS), "-iquote", str(folder)]
+    made = subprocess.run(
+        [*command, *options, *places, PROGRAM, "-o", folder / "run"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = subprocess.run(
-        [tmp_path / "run"],
-        env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert " 0 wrong" in done.stdout
+    if made.returncode:
+        return made
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return subprocess.run([folder / "run"], env=environment, capture_output=True, text=True, check=False)
