@@ -115,9 +115,10 @@ def _cuda(device: str) -> dict[str, str]:
     index = int(named[1] or 0)
     count = torch.cuda.device_count()
     if index >= count:
-        raise ValueError(
-            f"device: found {device!r}, expected one of the {count} NVIDIA GPUs that PyTorch sees here"
+        there = (
+            f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0" if count else "cpu: PyTorch sees no NVIDIA GPU"
         )
+        raise ValueError(f"device: found {device!r}, expected {there}")
     found = torch.cuda.get_device_properties(index)
     return {
         "device": "cuda",

@@ -30,12 +30,20 @@ def test_this_machine_fits_itself() -> None:
     [
         ("tpu", "found 'tpu', expected cpu, cuda or cuda:0"),
         ("cuda:x", "found 'cuda:x'"),
-        ("cuda:4096", r"found 'cuda:4096', expected one of the \d+ NVIDIA GPUs"),
+        ("cuda", "found 'cuda', expected cpu: PyTorch sees no NVIDIA GPU"),
     ],
 )
-def test_devices_that_are_not_here_are_refused(device: str, match: str) -> None:
+def test_devices_that_are_not_here_are_refused(device: str, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=match):
         Environment.current(device)
+
+
+@pytest.mark.parametrize(("count", "match"), [(1, "expected cuda:0$"), (8, "expected cuda:0 to cuda:7$")])
+def test_devices_that_are_here_are_named(count: int, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ValueError, match=match):
+        Environment.current("cuda:9")
 
 
 VERSIONS = {
