@@ -19,10 +19,11 @@ import torch
 from dks.dispatch.compiler import find_compiler
 from dks.dispatch.gpu.cutlass import build, configuration, library, memory
 from dks.dispatch.gpu.cutlass.configuration import SIZES, Configuration, configurations
-from dks.dispatch.gpu.cutlass.library import Call, Linear, Missing
+from dks.dispatch.gpu.cutlass.library import Call, Linear
 from dks.dispatch.gpu.cutlass.memory import Job, run_within
 from dks.dispatch.kernel import relative_error
 from dks.dispatch.problem import alignment
+from dks.dispatch.tiles.library import Missing
 from tests.gpu.linears import ROWS, case
 
 Structure = TypeVar("Structure", Linear, Call)

@@ -19,9 +19,9 @@ from typing import Any
 from dks.dispatch import trust
 from dks.dispatch.compiler import failure, run_compiler
 from dks.dispatch.gpu.cutlass.configuration import HERE, Configuration
-from dks.dispatch.gpu.cutlass.library import Missing
 from dks.dispatch.gpu.cutlass.memory import Job, available, run_within
 from dks.dispatch.tiles.build import CACHE, cache, distrust
+from dks.dispatch.tiles.library import Missing
 
 FLAGS = (
     *("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dks.dispatch.gpu.cutlass.configuration import Configuration
+from dks.dispatch.tiles.library import Missing
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -19,10 +20,6 @@ REASONS = {
     5: "CUTLASS could not launch",
 }
 _CUDA = 1000
-
-
-class Missing(RuntimeError):
-    """A kernel has no compiled form here; the message says why."""
 
 
 class Linear(ctypes.Structure):
