@@ -73,7 +73,7 @@ def _contending(
         return 1, contender.unconfirmed
     level = chosen.value if chosen else 1.0
     if kept is not None and contender.row.candidate not in kept and contender.value >= level:
-        return 0, f"ahead of the choice, but one kernel too many: at most {policy.max_kernels}"
+        return 0, f"not behind the choice, but one kernel too many: at most {policy.max_kernels}"
     if contender.row.candidate in rule.tied or contender.value > level:
         return 2, "as fast as the choice, and less simple"
     return 3, "ahead of the default, behind the choice"

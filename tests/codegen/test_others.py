@@ -100,7 +100,7 @@ def test_one_kernel_too_many() -> None:
         rows.append(row(ADDMM, 40 if best == ADDMM else 60, problem(m)))
     made = rule(rows, policy=dataclasses.replace(EXACT, max_kernels=2), of=problem(64).id)
     assert made.candidate == PACKED
-    assert told(made) == {"ahead of the choice, but one kernel too many: at most 2": {ADDMM: 1}}
+    assert told(made) == {"not behind the choice, but one kernel too many: at most 2": {ADDMM: 1}}
 
 
 def test_without_the_default_nothing_can_be_compared() -> None:
