@@ -1,6 +1,6 @@
 """The shapes of configs/h200-gemm.yaml, drawn from a fixed seed.
 
-    python -m bench.gpu_shapes > configs/h200-gemm.yaml
+python -m bench.gpu_shapes > configs/h200-gemm.yaml
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ operators:
   linear:
     problems:
 """
-ENTRY = "      - {{dims: {{n: {n}, k: {k}}}, traits: {{dtype: bfloat16, bias: no}}, sizes: [{{dims: {{m: {m}}}}}]}}\n"
+ENTRY = (
+    "      - {{dims: {{n: {n}, k: {k}}}, traits: {{dtype: bfloat16, bias: no}}, sizes: [{{dims: {{m: {m}}}}}]}}\n"
+)
 TAIL = """\
-measure: {min_rounds: 10, max_rounds: 40, seconds: 0.1, processes: 2, max_processes: 2, held_out: false, split: null}
+measure: {min_rounds: 10, max_rounds: 40, seconds: 0.1, processes: 2, max_processes: 2, split: null}
 """
 
 

@@ -59,13 +59,15 @@ def finite(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
 
 
-def write_result(name: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> Path:
-    """Write runs/<name>/result.json and return its path."""
+def write_result(
+    name: str, rows: Sequence[Row], notes: Sequence[str] = (), environment: Environment | None = None
+) -> Path:
+    """Write runs/<name>/result.json and return its path; the environment is the CPU's where none is given."""
     path = ROOT / "runs" / name / "result.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "command": shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-        "environment": Environment.current().to_dict(),
+        "environment": (environment or Environment.current()).to_dict(),
         "commit": commit(),
         "notes": list(notes),
         "rows": [row.to_json() for row in rows],
