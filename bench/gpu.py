@@ -305,7 +305,7 @@ def _answer(result: object) -> torch.Tensor | None:
 
 def row(
     id: str,
-    workload: str,
+    words: str,
     peer: str,
     cells: Sequence[Cell],
     target: float | None,

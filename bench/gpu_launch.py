@@ -111,18 +111,19 @@ def launchers(gpu: Gpu) -> tuple[dict[str, Launcher], list[str]]:
     nineteen: Any = gpu_nineteen.nineteen
     kernel = nineteen[(1,)](*tensors, *numbers, BLOCK=BLOCK)
     configs = [triton.Config({"BLOCK": BLOCK}, num_warps=warps) for warps in (4, 8)]
-    tuned = triton.autotune(configs, key=["x0", "x1", "w0"])(nineteen)
+    tuned: Any = triton.autotune(configs, key=["x0", "x1", "w0"])(nineteen)
     tuned[(1,)](*tensors, *numbers)
     found = {
         JIT: looped(lambda: nineteen[(1,)](*tensors, *numbers, BLOCK=BLOCK)),
         AUTOTUNE: looped(lambda: tuned[(1,)](*tensors, *numbers)),
     }
+    others: dict[str, Callable[[], Launcher]] = {
+        OURS: lambda: looped(ours(program_of(kernel), tensors)),
+        f"{OURS}, ctypes": lambda: looped(plan_call(program_of(kernel)[0], tensors, gpu)),
+        BARE: lambda: bare(kernel, tensors, gpu),
+    }
     lost = []
-    for name, make in (
-        (OURS, lambda: looped(ours(program_of(kernel), tensors))),
-        (f"{OURS}, ctypes", lambda: looped(plan_call(program_of(kernel)[0], tensors, gpu))),
-        (BARE, lambda: bare(kernel, tensors, gpu)),
-    ):
+    for name, make in others.items():
         try:
             found[name] = make()
         except Exception as error:
@@ -200,10 +201,10 @@ def plan_call(cubin: Cubin, tensors: Sequence[torch.Tensor], gpu: Gpu) -> Call:
     return lambda: plan(*values, stream=gpu.stream())
 
 
-def bare(kernel: Any, tensors: Sequence[torch.Tensor], gpu: Gpu) -> Launcher:
+def bare(kernel: Any, tensors: Sequence[torch.Tensor], gpu: Gpu, driver: str = "libcuda.so.1") -> Launcher:
     """cuLaunchKernel alone, by bench/gpu_launch.c. Raises RuntimeError where it can't be compiled."""
     library = _compiled()
-    launch = ctypes.cast(ctypes.CDLL("libcuda.so.1").cuLaunchKernel, ctypes.c_void_p)
+    launch = ctypes.cast(ctypes.CDLL(driver).cuLaunchKernel, ctypes.c_void_p)
     # A slot of 8 bytes each, with zeros for Triton's two scratch memories behind them.
     values = [*(t.data_ptr() for t in tensors), *numbers_of(tensors), 0, 0]
     slots = (ctypes.c_uint64 * len(values))(*values)
