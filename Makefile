@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BUSY ?= 0
 
-.PHONY: help setup setup-demo test soak lint demo bench bench-replay bench-aa bench-agree bench-heldout bench-cpu bench-dispatch clean
+.PHONY: help setup setup-demo test soak lint demo bench bench-replay bench-aa bench-agree bench-heldout bench-cpu bench-dispatch bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -56,6 +56,12 @@ bench-cpu: setup ## the generated CPU kernels against torch, oneDNN and the mach
 
 bench-dispatch: setup ## what choosing and calling cost: compiled, in Python, in C++, and peers
 	$(BIN)/python -m bench.dispatch
+
+bench-gpu: setup ## the seven rows of the GPU table; needs the packages of scripts/gpu_campaign.sh
+	@for name in gemm llama heldout launch rows attention views; do $(BIN)/python -m bench.gpu_$$name || exit; done
+
+bench-gpu-%: setup ## one of them: gemm, llama, heldout, launch, rows, attention, views
+	$(BIN)/python -m bench.gpu_$*
 
 clean: ## remove the environment and all results
 	rm -rf $(VENV) runs
