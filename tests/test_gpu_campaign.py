@@ -16,7 +16,8 @@ import pytest
 
 from bench import gpu_campaign
 from bench.gpu_campaign import luts, main
-from dks.dispatch.evidence import read_rows, read_run, write_rows
+from dks.dispatch.evidence import read_run, write_rows
+from tests.codegen.rows import ENVIRONMENT, row
 
 ROOT = Path(__file__).parent.parent
 LUTS = ROOT / "luts" / "cpu-genuineintel-6-85-7"
@@ -231,13 +232,13 @@ def test_a_run_is_packed_as_luts_are(tmp_path: Path, capsys: pytest.CaptureFixtu
     table = tmp_path / "out" / "minilm_exact" / "lut.json"
     table.parent.mkdir(parents=True)
     shutil.copy(LUTS / "minilm_exact.lut.json", table)
-    rows, run = read_rows(LUTS / "minilm" / "minilm.parquet")[:90], tmp_path / "run"
+    rows, run = [row("torch.linear", 20.0), row("torch.addmm", 10.0)], tmp_path / "run"
     run.mkdir()
-    for name, some in (("a", rows[:40]), ("b", rows[40:])):
-        write_rows(run / f"{name}.parquet", some)
+    for name, some in zip("ab", rows, strict=True):
+        write_rows(run / f"{name}.parquet", [some])
     shutil.copy(LUTS / "minilm" / "_run.json", run)
     assert luts(str(run), str(table), str(tmp_path / "luts")) == 0
-    made = tmp_path / "luts" / LUTS.name
+    made = tmp_path / "luts" / ENVIRONMENT.slug
     assert {path.name for path in (made / "minilm_exact").iterdir()} == {"minilm_exact.parquet", "_run.json"}
     assert read_run(made / "minilm_exact") == rows
     assert (made / "minilm_exact.lut.json").read_bytes() == table.read_bytes()
