@@ -9,7 +9,8 @@ from pathlib import Path
 
 from dks.dispatch.compiler import failure, find_compiler, run_compiler
 from dks.dispatch.gpu.cubin import Cubin, check
-from dks.dispatch.gpu.launch import LIBRARY, described
+from dks.dispatch.gpu.launch import described
+from dks.dispatch.manifest import GPU
 from dks.dispatch.tiles import build as tiles
 from dks.dispatch.tiles.library import Missing
 from dks.dispatch.trust import make_folder, tighten
@@ -57,12 +58,12 @@ def build(cubins: Sequence[Cubin], out: Path) -> None:
             for number, each in enumerate(ordered):
                 (folder / f"{number}.cubin").write_bytes(each.elf)
             (folder / "gpu.cpp").write_text(source(ordered), encoding="utf-8")
-            command = [*compiler, *FLAGS, "-iquote", str(HERE), "gpu.cpp", "-o", LIBRARY, *_LIBRARIES]
+            command = [*compiler, *FLAGS, "-iquote", str(HERE), "gpu.cpp", "-o", GPU, *_LIBRARIES]
             code, output = run_compiler(command, folder)
-            if code != 0 or not (folder / LIBRARY).is_file():
+            if code != 0 or not (folder / GPU).is_file():
                 raise Missing(failure(compiler, code, output))
-            tighten(folder / LIBRARY)
-            (folder / LIBRARY).replace(out)
+            tighten(folder / GPU)
+            (folder / GPU).replace(out)
     except OSError as error:
         raise Missing(f"{out.parent}: {error.strerror or error}") from None
 
