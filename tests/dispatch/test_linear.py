@@ -905,7 +905,9 @@ def test_preparing_in_threads_keeps_the_quantized_engine(route: Any) -> None:
         server = route("linear", (candidate,), SHAPES).server("linear")
         made.extend(server.prepare(weight(), bias()) for _ in range(20))
 
-    names = [k.id for k in pool.kernels_for("linear", "cpu") if k.id.startswith("quantized") and not k.unavailable()]
+    names = [
+        k.id for k in pool.kernels_for("linear", "cpu") if k.id.startswith("quantized") and not k.unavailable()
+    ]
     running = [threading.Thread(target=work, args=(name,)) for name in names]
     for thread in running:
         thread.start()
