@@ -86,6 +86,16 @@ struct View : dlpack::Tensor {
 
   bool is(dlpack::DataType wanted) const { return dtype.code == wanted.code && dtype.bits == wanted.bits; }
 
+  // Whether elements lie row by row with nothing between.
+  bool row_major() const {
+    std::int64_t count = 1;
+    for (std::int32_t dim = ndim - 1; dim >= 0; --dim) {
+      if (shape[dim] != 1 && strides[dim] != count) return false;
+      count *= shape[dim];
+    }
+    return true;
+  }
+
   // Number of elements if they lie on a CPU, row by row with nothing between; -1 otherwise. A tensor of zeros
   // that autograd made has no memory, and is none; one without elements needs none.
   std::int64_t packed() const {

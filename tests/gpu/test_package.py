@@ -119,7 +119,7 @@ def test_without_a_driver_a_launch_says_so_and_the_framework_can_serve(built: Bu
     library.add((built.folder / GPU).read_bytes(), "one")
     kernel = pool.kernels()["triton.matmul"]
     run = kernel.bind(problem(64), Candidate.parse(MANY).params, torch.zeros(N, K, dtype=torch.bfloat16), None)
-    with pytest.raises(Exception, match="driver|device"):
+    with pytest.raises(Exception, match=r"driver|device"):
         run(torch.zeros(2, K, dtype=torch.bfloat16))
 
 
