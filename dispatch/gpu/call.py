@@ -119,22 +119,30 @@ class Recipe:
         return tuple(program for program, _ in self.steps)
 
 
-def bound(recipe: Recipe, otherwise: Recipe | None = None, device: str = "cuda") -> Launch:
+def bound(recipe: Recipe, otherwise: Recipe | None = None, device: torch.device | str = "cuda") -> Launch:
     """run(*inputs) -> the outputs, enqueued on the inputs' device's current stream.
+
+    The code is loaded here, so that no request waits for that: onto ``device``, and onto another of its kind with
+    the first call there.
 
     Args:
         otherwise: what is launched instead where a call is outside the programs' alignment class.
-        device: kind of device that every tensor must lie on.
+        device: the current one of its kind, where it has no number. All tensors of a call must lie on one device of
+            this kind.
 
     Raises:
         Missing: a program has no compiled form here.
+        Declined, ContextLost, LaunchFailed: the code can't be loaded; see ``launch.Library.settle``.
     """
+    device = torch.device(device)
     second = None if otherwise is None else bound(otherwise, None, device)
     plan, sources = planned(recipe)
+    if device.type == "cuda":
+        plan.load(torch.cuda.current_device() if device.index is None else device.index)
     if native.module is not None and plan.steps is not None:
-        made: Launch = _native(recipe, sources, plan, second, device)
+        made: Launch = _native(recipe, sources, plan, second, device.type)
         return made
-    return _Python(recipe, sources, plan, second, device)
+    return _Python(recipe, sources, plan, second, device.type)
 
 
 def planned(recipe: Recipe) -> tuple[Plan, tuple[Source, ...]]:

@@ -85,7 +85,7 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
             buffers.append(Buffer(last=pieces // 4, dtype="float32", returned=False))
         inputs = (dtype, dtype) if adds else (dtype,)
         recipe = Recipe(inputs, (*launched, *steps(made, values)), tuple(buffers))
-        return bound(recipe, device=weight.device.type)  # type: ignore[return-value]
+        return bound(recipe, device=weight.device)  # type: ignore[return-value]
 
     def supports(problem: Problem) -> str | None:
         if form and align and problem.dim("k") % align:
