@@ -1,4 +1,5 @@
-"""The generated kernels that a table chose, as one shared library with a C header."""
+"""The generated kernels that a table chose: C++ ones as a shared library with a C header, Triton programs as
+another with what launches them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from dks.codegen.lut import Lut
 from dks.codegen.templating import environment as templates
 from dks.dispatch import pool
 from dks.dispatch.errors import BadInput
-from dks.dispatch.manifest import KERNELS
+from dks.dispatch.gpu import compile as gpu_compile
+from dks.dispatch.gpu import embed, measuring
+from dks.dispatch.gpu.program import Program
+from dks.dispatch.manifest import GPU, KERNELS
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build
 from dks.dispatch.tiles.library import Missing
@@ -28,6 +32,41 @@ def chosen_units(lut: Lut) -> list[Unit]:
             unit = kernel.unit(Problem.parse(rule.problem), candidate.params)
             found[unit.symbol] = unit
     return [found[symbol] for symbol in sorted(found)]
+
+
+def chosen_programs(lut: Lut) -> list[Program]:
+    """The Triton programs that its rules launch, by symbol."""
+    found: dict[str, Program] = {}
+    for rule in lut.rules:
+        candidate = Candidate.parse(rule.candidate)
+        kernel = pool.kernels()[candidate.kernel]
+        if kernel.programs is not None:
+            found |= {each.symbol: each for each in kernel.programs(Problem.parse(rule.problem), candidate.params)}
+    return [found[symbol] for symbol in sorted(found)]
+
+
+def ship_programs(programs: Sequence[Program], isa: str, package: Path) -> None:
+    """Put the library of these programs into ``package``; nothing where there are none.
+
+    Args:
+        isa: of the GPU that they were measured on, such as sm_90.
+
+    Raises:
+        BadInput: they can't be compiled here.
+    """
+    if not programs:
+        return
+    try:
+        arch = measuring.arch_for(int(isa.removeprefix("sm_")))
+        failed = gpu_compile.build(programs, (arch,))
+        if failed:
+            raise Missing(next(iter(failed.values())))
+        embed.build([gpu_compile.load(each, arch) for each in programs], package / GPU)
+    except (Missing, ValueError) as error:
+        raise BadInput(
+            f"kernels: the table chose {len(programs)} Triton programs that can't be compiled here ({error}); "
+            "install the extra gpu and a C++ compiler"
+        ) from None
 
 
 def ship(units: Sequence[Unit], package: Path) -> None:
@@ -50,8 +89,12 @@ def ship(units: Sequence[Unit], package: Path) -> None:
     (package / HEADER).write_text(text, encoding="utf-8", newline="\n")
 
 
-def describe(package: Path, count: int) -> str:
+def describe(package: Path, units: int, programs: int) -> str:
     """What was shipped, in a line."""
-    if not count:
-        return "no generated kernels were chosen: none are shipped"
-    return f"{count} generated kernels in {KERNELS}: {(package / KERNELS).stat().st_size / 1024:.0f} KiB"
+    shipped = ((units, "generated kernels", KERNELS), (programs, "Triton programs", GPU))
+    found = [
+        f"{count} {what} in {file}: {(package / file).stat().st_size / 1024:.0f} KiB"
+        for count, what, file in shipped
+        if count
+    ]
+    return "; ".join(found) or "no generated kernels were chosen: none are shipped"

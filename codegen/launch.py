@@ -4,16 +4,13 @@ a library that can be opened while the server runs."""
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import dks.dispatch
 from dks.codegen.lut import Evidence, Lut
 from dks.codegen.templating import environment as templates
-from dks.dispatch import pool
-from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch import compiler, pool
 from dks.dispatch.native.build import FLAGS
 from dks.dispatch.problem import Candidate, Problem
 
@@ -107,17 +104,4 @@ def compile_library(package: Path) -> str:
     Returns:
         Why there is none, or an empty text. C++ servers can't open such a package, everybody else can.
     """
-    compiler, reason = find_compiler()
-    if reason:
-        return reason
-    with tempfile.TemporaryDirectory(prefix=".compile-", dir=package) as folder:
-        made = Path(folder) / LIBRARY
-        command: Sequence[str] = [
-            *(*compiler, *FLAGS, "-iquote", ".", str(_SOURCE), "-o", f"{made.parent.name}/{LIBRARY}")
-        ]
-        code, output = run_compiler(command, package)
-        if code != 0 or not made.is_file():
-            return failure(compiler, code, output)
-        made.chmod(0o755)
-        made.replace(package / LIBRARY)
-    return ""
+    return compiler.build(package / LIBRARY, [*FLAGS, "-iquote", "..", str(_SOURCE)])

@@ -7,7 +7,8 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,6 +40,36 @@ def run_compiler(command: Sequence[str], folder: Path, timeout: float | None = N
         return _run(command, folder, TIMEOUT if timeout is None else timeout)
     except OSError as error:  # no program after all, such as a script without its first line
         return 126, f"{error.strerror}: {command[0]}"
+
+
+def build(out: Path, arguments: Sequence[str], files: Mapping[str, bytes] | None = None) -> str:
+    """Compile one file, in one step: it is there whole, or what was there before.
+
+    Args:
+        out: what is made.
+        arguments: of the compiler, without its output.
+        files: name and content of what lies in the folder that it runs in, a new one inside of ``out``'s.
+
+    Returns:
+        Why it failed, or an empty text.
+    """
+    compiler, reason = find_compiler()
+    if reason:
+        return reason
+    try:
+        with tempfile.TemporaryDirectory(prefix=".compile-", dir=out.parent) as name:
+            folder = Path(name)
+            for file, data in (files or {}).items():
+                (folder / file).write_bytes(data)
+            made = folder / out.name
+            code, output = run_compiler([*compiler, *arguments, "-o", out.name], folder)
+            if code != 0 or not made.is_file():
+                return failure(compiler, code, output)
+            made.chmod(0o755)
+            made.replace(out)
+    except OSError as error:
+        return f"{out.parent}: {error.strerror or error}"
+    return ""
 
 
 def version() -> str:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from dks.dispatch.gpu import program
+from dks.dispatch.gpu.program import Program
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles.unit import Unit, source_of
 
@@ -27,7 +29,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
-_BUILT_ON = re.compile(r"dks\.dispatch\.(ops\.\w+|tiles)\.")
+_BUILT_ON = re.compile(r"dks\.dispatch\.(ops\.\w+|tiles|gpu)\.")
 """Modules that a kernel builds on. An operator's package only declares; what counts are the modules beside it."""
 
 Params = tuple[tuple[str, int], ...]
@@ -83,9 +85,10 @@ class Kernel:
             they are, and then the kernel can also serve a call without preparation.
         form_bytes: bytes that the form adds, for a problem.
         params: the parameter sets to measure; each makes one candidate.
-        unit: the generated function that a candidate runs; None for a library's kernel.
-        header: the file in ``dks/dispatch/tiles`` that generated functions are made from; empty for a
-            library's kernel.
+        unit: the generated C++ function that a candidate runs, where it runs one.
+        header: the file in ``dks/dispatch/tiles`` that such functions are made from.
+        programs: the Triton programs that a candidate launches, where it launches any.
+        sources: the files in ``dks/dispatch/gpu/kernels`` that they are in.
         align: bytes to which it needs every pointer and row stride aligned; 0 means the element's size. Not among
             them are masks, block tables and lengths, aligned to their own elements alone, and the distance of
             softmax's rows, which comes with a call.
@@ -108,6 +111,8 @@ class Kernel:
     params: tuple[Params, ...] = ((),)
     unit: Callable[[Problem, Params], Unit] | None = None
     header: str = ""
+    programs: Callable[[Problem, Params], tuple[Program, ...]] | None = None
+    sources: tuple[str, ...] = ()
     align: int = 0
     supports: Callable[[Problem], str | None] = always
     suits: Callable[[Problem, Params], str | None] = always
@@ -159,6 +164,8 @@ def source_digest(kernel: Kernel) -> str:
                 todo.append(owner)
     if kernel.header:
         seen[kernel.header] = source_of(kernel.header).encode()
+    for name in kernel.sources:
+        seen[f"gpu/kernels/{name}"] = program.source_of(name).encode()
     digest = hashlib.sha256()
     for name in sorted(seen):
         digest.update(name.encode() + b"\0" + seen[name] + b"\0")

@@ -12,8 +12,10 @@ from types import ModuleType
 from dks.dispatch import native
 from dks.dispatch.errors import BadInput
 from dks.dispatch.generation import Generation
+from dks.dispatch.gpu import library as programs
 from dks.dispatch.manifest import (
     EVIDENCE,
+    GPU,
     INIT,
     KERNELS,
     TABLE,
@@ -28,6 +30,7 @@ from dks.dispatch.problem import Candidate
 from dks.dispatch.runtime import Runtime
 from dks.dispatch.strict import STRICT, needs
 from dks.dispatch.tiles import library
+from dks.dispatch.tiles.library import Missing
 
 
 def load(package: str, folder: str) -> Runtime:
@@ -81,6 +84,11 @@ def open_generation(path: Path) -> Generation:
             library.add(KERNELS, checked(path, manifest, KERNELS), manifest.files[KERNELS])
         except OSError as error:  # each of its kernels is then found to be missing when it is bound
             warnings.warn(f"{path}: {KERNELS} can't be loaded: {error}", RuntimeWarning, stacklevel=3)
+    if GPU in manifest.files:
+        try:
+            programs.add(checked(path, manifest, GPU), manifest.files[GPU])
+        except Missing as error:
+            warnings.warn(f"{path}: {GPU} can't be loaded: {error}", RuntimeWarning, stacklevel=3)
     dead = {
         rule.candidate: dead_ids[kernel]
         for rule in table.rules

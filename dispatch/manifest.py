@@ -27,6 +27,8 @@ MANIFEST_VERSION = 2
 INIT, TABLE, EVIDENCE = "__init__.py", "_table.py", "lut.json"
 KERNELS = "_kernels.so"
 """The shared library of the generated kernels that a table chose, where it chose any."""
+GPU = "_gpu.so"
+"""The same of Triton programs, with what launches them."""
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_FILES = 64

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dks.dispatch import pool
+from dks.dispatch.gpu import library as gpu_library
 from dks.dispatch.kernel import Inputs, Kernel, Launch, parts, relative_error
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles import library
@@ -103,10 +104,7 @@ class Checker:
                 return verdict.fail("unsupported", why)
             if (why := kernel.suits(problem, candidate.params)) is not None:
                 return verdict.fail("unsuited", why)
-            if (
-                kernel.unit is not None
-                and (why := library.lack(kernel.unit(problem, candidate.params))) is not None
-            ):
+            if (why := _lack(kernel, problem, candidate)) is not None:
                 return verdict.fail("not_compiled", why)
         except Exception as error:  # a kernel may raise anything
             return verdict.fail("failed", describe(error))
@@ -264,6 +262,15 @@ class Checker:
         static, _ = self._cases.placed_static(problem, kernel)
         dtype = problem.trait("dtype")
         return Trial(run, kernel.precision[dtype], dtype, self._group.least, static)
+
+
+def _lack(kernel: Kernel, problem: Problem, candidate: Candidate) -> str | None:
+    """Why the generated code that a candidate runs can't be called here, or None."""
+    if kernel.unit is not None:
+        return library.lack(kernel.unit(problem, candidate.params))
+    if kernel.programs is not None:
+        return gpu_library.lack(kernel.programs(problem, candidate.params))
+    return None
 
 
 def _joined(*parts: str) -> str:

@@ -4,44 +4,90 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import TypeVar
 
 from dks.dispatch import pool
+from dks.dispatch.gpu import compile as gpu_compile
+from dks.dispatch.gpu import embed, measuring
+from dks.dispatch.gpu.program import Program
+from dks.dispatch.kernel import Kernel
 from dks.dispatch.native import build as native_build
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build
+from dks.dispatch.tiles.library import Missing
 from dks.dispatch.tiles.unit import Unit
 
 Said = Callable[[str], None]
+Asked = Iterable[tuple[Problem, Candidate]]
+_T = TypeVar("_T")
 
 
-def units(asked: Iterable[tuple[Problem, Candidate]]) -> list[Unit]:
+def units(asked: Asked) -> list[Unit]:
     """The generated functions that these candidates run on this machine, each once."""
-    found: dict[Unit, None] = {}
+    return _each_once(asked, lambda kernel, *rest: () if kernel.unit is None else (kernel.unit(*rest),))
+
+
+def programs(asked: Asked) -> list[Program]:
+    """The Triton programs that these candidates launch, each once."""
+    return _each_once(asked, lambda kernel, *rest: () if kernel.programs is None else kernel.programs(*rest))
+
+
+def _each_once(asked: Asked, of: Callable[..., Iterable[_T]]) -> list[_T]:
+    found: dict[_T, None] = {}
     for problem, candidate in asked:
-        kernel = pool.kernels()[candidate.kernel]
+        kernel: Kernel = pool.kernels()[candidate.kernel]
         # A kernel of somebody's own may raise anything: that is recorded when it is checked.
         with suppress(Exception):
-            if kernel.unit is None or kernel.unavailable() or kernel.objection(problem):
+            if kernel.unavailable() or kernel.objection(problem):
                 continue
             if kernel.suits(problem, candidate.params) is None:
-                found[kernel.unit(problem, candidate.params)] = None
+                found.update(dict.fromkeys(of(kernel, problem, candidate.params)))
     return list(found)
 
 
-def compile_for(asked: Iterable[tuple[Problem, Candidate]], say: Said) -> None:
-    """Compile what these candidates need. What does not compile gets a status when it is checked."""
-    wanted = units(asked)
-    if wanted and (why := build.distrust()):
+def compile_for(asked: Asked, say: Said, device: str = "cpu") -> None:
+    """Compile what these candidates need on a device. What does not compile gets a status when it is checked."""
+    asked = list(asked)
+    wanted, launched = units(asked), programs(asked)
+    if not (wanted or launched):
+        return
+    if why := build.distrust():
         say(f"no generated kernel is measured: {why}")
         return
-    if wanted:
-        _, why = native_build.cached()
-        if why:
-            say(f"generated kernels are launched through Python, which takes longer: {why}")
-    missing = [unit for unit in wanted if not build.is_built(unit)]
+    _, why = native_build.cached()
+    if why:
+        say(f"generated kernels are launched through Python, which takes longer: {why}")
+    if missing := [unit for unit in wanted if not build.is_built(unit)]:
+        _said(len(missing), len(wanted), "generated kernels", say)
+        _failures(build.build(missing), say)
+    if launched:
+        _compile_programs(launched, device, say)
+
+
+def _compile_programs(wanted: list[Program], device: str, say: Said) -> None:
+    try:
+        arch = measuring.arch_for(measuring.capability(device))
+        embed.launcher()
+    except Missing as error:
+        say(f"no Triton program is measured: {error}")
+        return
+    missing = [program for program in wanted if not gpu_compile.is_built(program, arch)]
     if not missing:
         return
-    say(f"compiling {len(missing)} generated kernels ({len(wanted) - len(missing)} are there) into {build.cache()}")
-    failed = build.build(missing)
+    _said(len(missing), len(wanted), f"Triton programs for sm_{arch}", say)
+
+    def told(done: int, of: int, *_: object) -> None:
+        if done % 50 == 0:
+            say(f"{done} of {of} compiled")
+
+    failed = gpu_compile.build(missing, (arch,), progress=told)
+    _failures({symbol: why for (symbol, _), why in failed.items()}, say)
+
+
+def _said(missing: int, wanted: int, what: str, say: Said) -> None:
+    say(f"compiling {missing} {what} ({wanted - missing} are there) into {build.cache()}")
+
+
+def _failures(failed: dict[str, str], say: Said) -> None:
     for symbol, why in failed.items():
         say(f"not compiled: {symbol}: {why.splitlines()[0]}")

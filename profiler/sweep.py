@@ -275,7 +275,8 @@ class _Run:
                 if self._sweep.measure.cache != "pipeline":
                     neighbours = Neighbours()
                 found.append(Task(each.problem, each.role, each.weight, part.candidates, neighbours))
-        compile_for(((task.problem, each) for task in found for each in task.candidates), self._say)
+        pairs = ((task.problem, each) for task in found for each in task.candidates)
+        compile_for(pairs, self._say, self._sweep.device)
         return found
 
     # What is missing

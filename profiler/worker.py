@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from dks.dispatch import native
+from dks.dispatch.gpu import library as gpu_library
+from dks.dispatch.gpu import measuring
 from dks.dispatch.native import build as native_build
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build, library
@@ -57,6 +59,8 @@ class Worker:
             if request["threads"] is not None:
                 torch.set_num_threads(request["threads"])
             device = open_device(request["device"])
+            if device.torch.type == "cuda":
+                gpu_library.look_in(measuring.locate(measuring.capability(request["device"])))
             self._bench = Bench(request["seed"], request["cache"], self.in_flight, device)
             yield {"done": True}
             return

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch import compiler
 from dks.dispatch.gpu.cubin import Cubin, check
-from dks.dispatch.gpu.launch import LIBRARY, described
+from dks.dispatch.gpu.launch import described
 from dks.dispatch.tiles import build as tiles
 from dks.dispatch.tiles.library import Missing
-from dks.dispatch.trust import make_folder, tighten
+from dks.dispatch.trust import make_folder
 
 HERE = Path(__file__).parent
 TEMPLATE = HERE / "gpu.cpp.j2"
@@ -48,23 +47,10 @@ def build(cubins: Sequence[Cubin], out: Path) -> None:
         check(each)
     if len({(each.symbol, each.arch) for each in ordered}) != len(ordered):
         raise ValueError("two compiled programs of one symbol and architecture")
-    compiler, reason = find_compiler()
-    if reason:
-        raise Missing(reason)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".compile-", dir=out.parent) as name:
-            folder = Path(name)
-            for number, each in enumerate(ordered):
-                (folder / f"{number}.cubin").write_bytes(each.elf)
-            (folder / "gpu.cpp").write_text(source(ordered), encoding="utf-8")
-            command = [*compiler, *FLAGS, "-iquote", str(HERE), "gpu.cpp", "-o", LIBRARY, *_LIBRARIES]
-            code, output = run_compiler(command, folder)
-            if code != 0 or not (folder / LIBRARY).is_file():
-                raise Missing(failure(compiler, code, output))
-            tighten(folder / LIBRARY)
-            (folder / LIBRARY).replace(out)
-    except OSError as error:
-        raise Missing(f"{out.parent}: {error.strerror or error}") from None
+    files = {f"{number}.cubin": each.elf for number, each in enumerate(ordered)}
+    files["gpu.cpp"] = source(ordered).encode()
+    if why := compiler.build(out, [*FLAGS, "-iquote", str(HERE), "gpu.cpp", *_LIBRARIES], files):
+        raise Missing(why)
 
 
 def launcher() -> Path:

@@ -1,4 +1,4 @@
-"""Programs of linear with at most 8 rows of x, which read each row of weight once; see ``kernels/gemv.py``.
+"""Programs of linear for at most 8 rows of x, which read each row of weight once; see ``kernels/gemv.py``.
 
 Launched as those of ``matmul.py`` are: the same arguments by name, the same two programs where k is split.
 """
@@ -60,8 +60,8 @@ ahead through shared memory, 1 for none; split: pieces of k.
 """
 
 
-def params_for(dtype: str) -> tuple[Params, ...]:
-    """The parameter sets that are measured: with elements of one byte, steps of as many bytes, and as many sums."""
+def params_for(dtype: str, _align: int = 16) -> tuple[Params, ...]:
+    """The parameter sets that are measured, of any class: with one-byte elements, as many bytes a step."""
     if DTYPES[dtype][1] == 2:
         return PARAMS
     sets = (dict(each) for each in PARAMS)
@@ -71,7 +71,7 @@ def params_for(dtype: str) -> tuple[Params, ...]:
 def gemv(
     dtype: str, params: Params, align: int, *, bias: bool = False, epilogue: str = "none", out: str = ""
 ) -> tuple[Program, ...]:
-    """The programs of one variant for m <= rows, in launching order; arguments and errors as of ``matmul``."""
+    """The programs of one variant, meant for m <= rows, in launching order; else as ``matmul``."""
     p = dict(params)
     out = checked(dtype, epilogue, out)
     block = {"ROWS": p["rows"], "BN": p["bn"], "BK": p["bk"], "STAGES": p["s"]}
@@ -86,7 +86,7 @@ def gemv(
                 align=align,
                 warps=p["w"],
                 stages=p["s"],
-                grid=((("n", p["bn"]),), (), ()),
+                grid=((("n", p["bn"]),), (), (("m", p["rows"]),)),
             ),
         )
     parts = Program(
@@ -98,7 +98,7 @@ def gemv(
         align=align,
         warps=p["w"],
         stages=p["s"],
-        grid=((("n", p["bn"]),), (("", p["split"]),), ()),
+        grid=((("n", p["bn"]),), (("", p["split"]),), (("m", p["rows"]),)),
     )
     return parts, add_parts(dtype, out, p["split"], align, bias, epilogue)
 
@@ -116,7 +116,7 @@ def impossible(dtype: str, params: Params, arch: int) -> str | None:
 
 
 def suits(m: int, n: int, k: int, params: Params) -> str | None:
-    """Why a parameter set can't be meant for a shape, or None. With m above its rows it would be wrong."""
+    """Why a parameter set can't be meant for a shape, or None. It would be right, and is not measured there."""
     p = dict(params)
     if m > p["rows"]:
         return f"takes {p['rows']} rows, not {m}"

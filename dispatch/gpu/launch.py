@@ -19,14 +19,18 @@ from typing import Any, Protocol
 
 from dks.dispatch.gpu.cubin import Cubin
 from dks.dispatch.kernel import Declined
+from dks.dispatch.manifest import GPU
 from dks.dispatch.tiles.library import Missing
 
-LIBRARY = "_gpu.so"
 TYPE_CODES = {"*": 0, "i32": 1, "i64": 2, "fp32": 3}
 """``enum dks_gpu_type`` of ``gpu.h``, by Triton's types; any address is ``*``."""
 
-FAILED, STICKY = 1000, 2000
+MISALIGNED, FAILED, STICKY = 7, 1000, 2000
 _FLOAT = TYPE_CODES["fp32"]
+
+
+class Misaligned(Declined):
+    """An address, stride or size is outside the program's alignment class."""
 
 
 class LaunchFailed(RuntimeError):
@@ -113,6 +117,7 @@ class Kernel:
         handle: the library's.
         symbol, program, arch: as the compiled program has them.
         inputs: names of what a launch is told of, with ``enum dks_gpu_type``.
+        scratch: bytes of global memory that each of its blocks needs for itself.
     """
 
     handle: int
@@ -120,6 +125,7 @@ class Kernel:
     program: str
     arch: int
     inputs: tuple[tuple[str, int], ...]
+    scratch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +133,12 @@ class Step:
     """One kernel of a call.
 
     Attributes:
-        bound: by the name of an input a number that is the same in every call, or the call's own name for it;
-            an input that is not here has the same name in the call.
+        bound: by the name of an input a number that is the same in every call, a tensor whose address is, or the
+            call's own name for it; an input that is not here has the same name in the call.
     """
 
     kernel: Kernel
-    bound: Mapping[str, int | float | str] = field(default_factory=dict)
+    bound: Mapping[str, int | float | str | HasAddress] = field(default_factory=dict)
 
 
 class Library:
@@ -160,7 +166,7 @@ class Library:
     @classmethod
     def from_bytes(cls, data: bytes, driver: str | None = None) -> Library:
         """The same from the bytes of a library that was checked: what runs is what was checked. Raises Missing."""
-        file = os.memfd_create(LIBRARY)
+        file = os.memfd_create(GPU)
         try:
             with os.fdopen(os.dup(file), "wb") as writer:
                 writer.write(data)
@@ -190,7 +196,7 @@ class Library:
         if kept is not None:
             _FOREVER.append(kept)
         inputs = tuple((made.inputs[i].name.decode(), made.inputs[i].type) for i in range(made.input_count))
-        return Kernel(handle, made.symbol.decode(), made.program.decode(), made.arch, inputs)
+        return Kernel(handle, made.symbol.decode(), made.program.decode(), made.arch, inputs, made.scratch)
 
     def device(self, number: int = 0) -> CDevice:
         """What launching depends on. Raises as a launch does."""
@@ -203,6 +209,7 @@ class Library:
 
         Raises:
             Declined: the call is not one for this program, this device or this machine; nothing was launched.
+            Misaligned: the one of these that another program may take.
             ContextLost: every later call fails too.
             LaunchFailed: the driver refused.
         """
@@ -211,7 +218,8 @@ class Library:
         text = ctypes.create_string_buffer(512)
         self._library.dks_gpu_text(code, text, len(text))
         said = text.value.decode("utf-8", "replace")
-        raise (ContextLost if code >= STICKY else LaunchFailed if code >= FAILED else Declined)(said)
+        declined = Misaligned if code == MISALIGNED else Declined
+        raise (ContextLost if code >= STICKY else LaunchFailed if code >= FAILED else declined)(said)
 
     @property
     def functions(self) -> Any:
@@ -239,6 +247,8 @@ class Plan:
             sources = []
             for name, type_ in step.kernel.inputs:
                 bound = step.bound.get(name, name)
+                if not isinstance(bound, (int, float, str)):
+                    bound = bound.data_ptr()
                 if not isinstance(bound, str):
                     sources.append(CSource(_bits(bound, type_ == _FLOAT), -1))
                     continue
@@ -248,10 +258,31 @@ class Plan:
             made.append(CStep(step.kernel.handle, (CSource * len(sources))(*sources)))
         self.names = tuple(slots)
         """What a call must be told, in this order."""
+        self.floats = tuple(slots.values())
+        """Of each name: whether it is a float."""
+        self.scratches = any(step.kernel.scratch for step in steps)
+        """Whether a call may need scratch memory."""
+        self._held = tuple(steps)  # tensors among them
         self._library = library
         self._launch = library.functions.dks_gpu_launch
-        self._floats = tuple(slots.values())
         self._steps = (CStep * len(made))(*made)  # they hold what they point to
+
+    @property
+    def steps(self) -> tuple[int, int] | None:
+        """Address and number of the ``struct dks_gpu_step``, for who launches without Python; they live as long as
+        the plan."""
+        return ctypes.addressof(self._steps), len(self._steps)
+
+    @property
+    def functions(self) -> tuple[int, int]:
+        """Addresses of the library's ``dks_gpu_launch`` and ``dks_gpu_scratch``."""
+        found = (self._library.functions.dks_gpu_launch, self._library.functions.dks_gpu_scratch)
+        launch, scratch = (int(ctypes.cast(each, ctypes.c_void_p).value or 0) for each in found)
+        return launch, scratch
+
+    def settle(self, code: int) -> None:
+        """Raise what a code of ``dks_gpu_launch`` means; see ``Library.settle``."""
+        self._library.settle(code)
 
     def __call__(
         self,
@@ -294,7 +325,7 @@ class Plan:
             raise ValueError(f"found {len(values)} values, expected {len(self.names)}: {', '.join(self.names)}")
         bits = [
             _bits(value, real) if isinstance(value, (int, float)) else value.data_ptr()
-            for value, real in zip(values, self._floats, strict=True)
+            for value, real in zip(values, self.floats, strict=True)
         ]
         slots = (ctypes.c_int64 * len(bits))(*bits)
         address, size = scratch

@@ -21,9 +21,10 @@ from dks.dispatch.native import probes
 HERE = Path(__file__).parent
 SOURCES = (
     *(HERE / name for name in ("module.cpp", "direct.hpp", "layer.hpp", "plan.hpp", "kernel.hpp")),
-    *(HERE / name for name in ("thread.hpp", "tensor.hpp", "python.hpp")),
+    *(HERE / name for name in ("gpu_kernel.hpp", "thread.hpp", "tensor.hpp", "python.hpp")),
     HERE.parent / "cpp" / "lookup.hpp",
     HERE.parent / "tiles" / "abi.h",
+    HERE.parent / "gpu" / "gpu.h",
 )
 """All that the extension is made of; the first one is compiled."""
 
@@ -83,6 +84,7 @@ def _given(exchange: object) -> dict[str, object]:
         "empty_like": torch.empty_like,
         "is_neg": torch.Tensor.is_neg,
         "declined": Declined,
+        "bytes": torch.uint8,
         "special": probes.special(),
         "gradients": probes.gradients(),
     }

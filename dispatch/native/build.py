@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-import tempfile
 from pathlib import Path
 
-from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch import compiler
 from dks.dispatch.native import BINARY, HERE, SOURCES, digest
 from dks.dispatch.tiles import build
 
@@ -27,28 +26,15 @@ def compile_into(folder: Path) -> str:
     Returns:
         Why it failed, or an empty text. A machine that cannot compile is no error: the Python form serves.
     """
-    compiler, reason = find_compiler()
+    headers = Path(sysconfig.get_paths()["include"])
+    _, reason = compiler.find_compiler()
     if reason:
         return reason
-    headers = Path(sysconfig.get_paths()["include"])
     if not (headers / "Python.h").is_file():
         return f"no Python.h in {headers}; install Python's development headers"
-    try:
-        with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as name:
-            made = Path(name) / BINARY
-            places = [
-                flag for place in sorted({path.parent for path in SOURCES}) for flag in ("-iquote", str(place))
-            ]
-            command = [*compiler, *FLAGS, f'-DDKS_SOURCE="{digest()}"', *places]
-            command += ["-isystem", str(headers), str(HERE / "module.cpp"), "-o", BINARY]
-            code, output = run_compiler(command, made.parent)
-            if code != 0 or not made.is_file():
-                return failure(compiler, code, output)
-            made.chmod(0o755)
-            made.replace(folder / BINARY)
-    except OSError as error:
-        return f"{folder}: {error.strerror or error}"
-    return ""
+    places = [flag for place in sorted({path.parent for path in SOURCES}) for flag in ("-iquote", str(place))]
+    flags = [*FLAGS, f'-DDKS_SOURCE="{digest()}"', *places, "-isystem", str(headers)]
+    return compiler.build(folder / BINARY, [*flags, str(HERE / "module.cpp")])
 
 
 def cached() -> tuple[Path | None, str]:

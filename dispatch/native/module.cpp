@@ -6,6 +6,7 @@
 //   SOURCE    digest of the sources that it was compiled from
 //   setup({...})   once: PyTorch's types, functions and probes; see dks/dispatch/native/__init__.py
 #include "direct.hpp"
+#include "gpu_kernel.hpp"
 #include "layer.hpp"
 
 #ifndef DKS_SOURCE
@@ -111,12 +112,14 @@ PyObject* setup(PyObject*, PyObject* given) {
     return nullptr;
   }
   made.view = exchange->view;
+  made.stream = exchange->stream;
   made.tensor = reinterpret_cast<PyTypeObject*>(keep(given, "tensor"));
   made.parameter = reinterpret_cast<PyTypeObject*>(keep(given, "parameter"));
   made.new_empty = keep(given, "new_empty");
   made.empty_like = keep(given, "empty_like");
   made.is_neg = keep(given, "is_neg");
   made.declined = keep(given, "declined");
+  made.bytes = keep(given, "bytes");
   made.requires_grad = PyUnicode_InternFromString("requires_grad");
   made.version = PyUnicode_InternFromString("_version");
   const Ref probes = Ref::take(keep(given, "special")), gradients = Ref::take(keep(given, "gradients"));
@@ -136,6 +139,7 @@ int fill(PyObject* module) {
   Layer::bias_name = PyUnicode_InternFromString("bias");
   const bool made = (Plan::counts_type = make_type<Counts>(module, "_dispatch.Counts", counts_methods)) &&
                     (Plan::kernel_type = make_type<Kernel>(module, "_dispatch.Kernel", no_methods, &Kernel::call)) &&
+                    make_type<GpuKernel>(module, "_dispatch.GpuKernel", no_methods, &GpuKernel::call) &&
                     (Plan::type = make_type<Plan>(module, "_dispatch.Plan", plan_methods)) &&
                     (Layer::serial_type = make_type<Serial>(module, "_dispatch.Serial", serial_methods)) &&
                     (Binding::type = make_type<Binding>(module, "_dispatch.Binding", no_methods)) &&

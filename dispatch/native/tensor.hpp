@@ -43,7 +43,7 @@ struct Exchange {
   void* from_object;
   void* to_object;
   int (*view)(void* object, Tensor* out);
-  void* stream;
+  int (*stream)(std::int32_t device_type, std::int32_t device, void** out);
 };
 
 inline constexpr std::int32_t cpu = 1;
@@ -56,10 +56,12 @@ struct Torch {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
   int (*view)(void*, dlpack::Tensor*) = nullptr;
+  int (*stream)(std::int32_t, std::int32_t, void**) = nullptr;  // the current one of a device
   PyObject* new_empty = nullptr;   // torch.Tensor.new_empty
   PyObject* empty_like = nullptr;  // torch.empty_like
   PyObject* is_neg = nullptr;      // torch.Tensor.is_neg
   PyObject* declined = nullptr;    // the exception of a kernel outside its domain
+  PyObject* bytes = nullptr;       // torch.uint8
   PyObject* requires_grad = nullptr;  // names of attributes
   PyObject* version = nullptr;
 };
@@ -83,6 +85,16 @@ struct View : dlpack::Tensor {
   const char* address() const { return static_cast<const char*>(data) + byte_offset; }
 
   bool is(dlpack::DataType wanted) const { return dtype.code == wanted.code && dtype.bits == wanted.bits; }
+
+  // Whether elements lie row by row with nothing between.
+  bool row_major() const {
+    std::int64_t count = 1;
+    for (std::int32_t dim = ndim - 1; dim >= 0; --dim) {
+      if (shape[dim] != 1 && strides[dim] != count) return false;
+      count *= shape[dim];
+    }
+    return true;
+  }
 
   // Number of elements if they lie on a CPU, row by row with nothing between; -1 otherwise. A tensor of zeros
   // that autograd made has no memory, and is none; one without elements needs none.

@@ -14,6 +14,8 @@ from torch import nn
 
 from dks.dispatch import pool
 from dks.dispatch.generation import Generation
+from dks.dispatch.kernel import Kernel
+from dks.dispatch.problem import Problem
 
 H, D = 4, 8
 CAST, MATMUL, SDPA = "torch.sdpa_cast", "torch.matmul_attention", "torch.sdpa"
@@ -125,7 +127,7 @@ def test_call_is_the_frameworks(runtime: Any, case: str) -> None:
 
 
 def test_every_candidate_in_turn(route: Any) -> None:
-    for candidate in pool.candidates_for("attention"):
+    for candidate in pool.candidates_for("attention", "cpu"):
         for dtype in (torch.float32, torch.bfloat16):
             runtime = route("attention", (candidate.id,), SHAPES)
             args = qkv(q=1 if candidate.kernel.startswith("tile.decode") else 5, kv=5, dtype=dtype)
@@ -352,3 +354,23 @@ def test_bert_with_everything_swapped(transformers: Any, route: Any) -> None:
     # The pooler reads the first token of each row of tokens: a strided view.
     assert [ops[op]["fallbacks"] for op in ("attention", "layer_norm", "linear")] == [{}, {}, {"strides": 1}]
     assert ops["linear"]["hits"] == {"bin": 12}
+
+
+@pytest.mark.parametrize(
+    "kernel", [k for k in pool.kernels_for("attention", "cuda") if "sdpa_" in k.id and k.devices]
+)
+def test_a_gpus_backends_are_called_as_their_operators_are_declared(kernel: Kernel) -> None:
+    """On tensors without memory: shapes, dtypes and arguments are checked by PyTorch, nothing is computed."""
+    hkv = 8 if "takes as many key heads" in (kernel.objection(backends_problem(2)) or "") else 2
+    problem = backends_problem(hkv)
+    assert kernel.objection(problem) is None and kernel.runs_on("cuda") and not kernel.runs_on("cpu")
+    q, k = (torch.empty(2, h, s, 64, dtype=torch.bfloat16, device="meta") for h, s in ((8, 16), (hkv, 24)))
+    for keys in (k, k[:, :, :16]):
+        y = kernel.bind(problem, ())(q, keys, keys, None, None)
+        assert isinstance(y, torch.Tensor) and y.shape == q.shape and y.dtype is torch.bfloat16
+    assert "mask" in (kernel.objection(backends_problem(hkv, mask="bool")) or "")
+
+
+def backends_problem(hkv: int, mask: str = "none") -> Problem:
+    traits = {"dtype": "bfloat16", "mask": mask, "causal": "yes", "layout": "bhsd"}
+    return Problem.of("attention", traits, {"b": 2, "q": 16, "kv": 16, "h": 8, "hkv": hkv, "d": 64})

@@ -31,9 +31,9 @@ DYNAMIC = {
     "attention": [{"b": b, "q": q, "kv": kv} for b, q, kv in ((1, 1, 1), (2, 17, 17), (3, 1, 33), (1, 5, 7))],
     "paged_attention": [{"b": b, "kv": kv} for b, kv in ((1, 1), (2, 16), (5, 33), (1, 70))],
 }
-KERNELS = [pytest.param(kernel, id=kernel.id) for kernel in pool.kernels().values()]
-LINEAR = [pytest.param(kernel, id=kernel.id) for kernel in pool.kernels_for("linear")]
-NORM = [pytest.param(kernel, id=kernel.id) for kernel in pool.kernels_for("layer_norm")]
+KERNELS = [pytest.param(kernel, id=kernel.id) for kernel in pool.kernels().values() if kernel.runs_on("cpu")]
+LINEAR = [pytest.param(kernel, id=kernel.id) for kernel in pool.kernels_for("linear", "cpu")]
+NORM = [pytest.param(kernel, id=kernel.id) for kernel in pool.kernels_for("layer_norm", "cpu")]
 
 
 def limit(kernel: Kernel, dtype: str) -> float:
@@ -226,7 +226,7 @@ def test_a_weight_that_no_integer_stands_for_is_refused(kernel: Kernel) -> None:
 def test_one_bound_form_serves_all_sizes_and_outlives_the_weight() -> None:
     """What is bound must not point into tensors that the caller may free."""
     operator = pool.operator("linear")
-    for kernel in pool.kernels_for("linear"):
+    for kernel in pool.kernels_for("linear", "cpu"):
         if kernel.unavailable():
             continue
         for first, sized in problems(kernel):

@@ -124,7 +124,7 @@ def test_prepared_is_the_frameworks(server: Any, case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_candidate_in_turn(route: Any, dtype: torch.dtype) -> None:
     name = "float32" if dtype == torch.float32 else "bfloat16"
-    for kernel in pool.kernels_for("layer_norm"):
+    for kernel in pool.kernels_for("layer_norm", "cpu"):
         if name not in kernel.precision:
             continue
         candidate = kernel.candidates()[0].id

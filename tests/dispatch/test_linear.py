@@ -245,7 +245,7 @@ class TestSameAsTheFramework:
         x_wide = torch.randn(2, 9, k).to(dtype)
         wanted = EPILOGUES[epilogue](F.linear(x_wide.double(), w.double(), b.double()), *more)
         name = "float32" if dtype == torch.float32 else "bfloat16"
-        for candidate in pool.candidates_for("linear"):
+        for candidate in pool.candidates_for("linear", "cpu"):
             kernel = pool.kernels()[candidate.kernel]
             traits = {"dtype": name, "bias": "yes", "epilogue": epilogue}
             problem = Problem.of("linear", traits, {"m": 1, "n": n, "k": k})
@@ -905,7 +905,9 @@ def test_preparing_in_threads_keeps_the_quantized_engine(route: Any) -> None:
         server = route("linear", (candidate,), SHAPES).server("linear")
         made.extend(server.prepare(weight(), bias()) for _ in range(20))
 
-    names = [k.id for k in pool.kernels_for("linear") if k.id.startswith("quantized") and not k.unavailable()]
+    names = [
+        k.id for k in pool.kernels_for("linear", "cpu") if k.id.startswith("quantized") and not k.unavailable()
+    ]
     running = [threading.Thread(target=work, args=(name,)) for name in names]
     for thread in running:
         thread.start()

@@ -70,7 +70,7 @@ def runtime(route: Any, request: Any) -> Runtime:
 # -- kernels ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", pool.kernels_for("paged_attention"), ids=lambda kernel: kernel.id)
+@pytest.mark.parametrize("kernel", pool.kernels_for("paged_attention", "cpu"), ids=lambda kernel: kernel.id)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
 @pytest.mark.parametrize("no_page", [-1, NO_PAGE])
@@ -88,7 +88,7 @@ def test_each_kernel_is_right_whatever_lies_past_the_end(
         assert close(kernel.bind(problem, candidate.params)(*args, None), wanted)
 
 
-@pytest.mark.parametrize("kernel", pool.kernels_for("paged_attention"), ids=lambda kernel: kernel.id)
+@pytest.mark.parametrize("kernel", pool.kernels_for("paged_attention", "cpu"), ids=lambda kernel: kernel.id)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nan_of_one_sequence_stays_and_stays_there(kernel: Any, dtype: str) -> None:
     """In a query, whatever the length; in a value; never in another sequence."""

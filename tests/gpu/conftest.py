@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from dks.dispatch.compiler import find_compiler
 from dks.dispatch.gpu import embed
 from dks.dispatch.gpu.cubin import Cubin
 from dks.dispatch.gpu.launch import Library
+from tests.gpu.cubins import LETTERS
 
 FAKE = Path(__file__).parent / "fake_cuda.c"
 
@@ -39,6 +40,12 @@ class Fake:
     def set(self, **settings: int) -> None:
         for name, value in settings.items():
             ctypes.c_int.in_dll(self.library, f"fake_{name}").value = value
+
+    def knows(self, cubins: Iterable[Cubin]) -> None:
+        """Record the parameters of these programs too, whose functions' names don't say what they are."""
+        for each in cubins:
+            letters = "".join("p" if a.type.startswith("*") else LETTERS[a.type] for a in each.arguments)
+            self.library.fake_signature(each.function.encode(), letters.encode() + b"pp")
 
     def calls(self, what: str) -> list[tuple[str, list[int]]]:
         """Name and numbers of each call of a kind, in order."""

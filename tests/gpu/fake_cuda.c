@@ -135,6 +135,20 @@ EXPORT int cuThreadExchangeStreamCaptureMode(int* mode) {
   *mode = before;
   return 0;
 }
+/* What the parameters of a function are whose name doesn't say it. */
+static struct { char name[200], types[64]; } signatures[16];
+static int signatures_made;
+EXPORT void fake_signature(const char* name, const char* types) {
+  if (signatures_made == 16) abort();
+  snprintf(signatures[signatures_made].name, sizeof signatures[0].name, "%s", name);
+  snprintf(signatures[signatures_made++].types, sizeof signatures[0].types, "%s", types);
+}
+static const char* types_of(const char* name) {
+  for (int i = 0; i < signatures_made; ++i)
+    if (strcmp(signatures[i].name, name) == 0) return signatures[i].types;
+  const char* types = strstr(name, "__");
+  return types == NULL ? "" : types + 2;
+}
 EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
                           unsigned shared, void* stream, void** parameters, void** extra) {
   const uintptr_t which = (uintptr_t)function;
@@ -143,11 +157,11 @@ EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, un
   struct call* made = note("launch", functions[which].name);
   const int64_t numbers[] = {x, y, z, bx, by, bz, shared, (int64_t)(uintptr_t)stream, (int64_t)(uintptr_t)current()};
   for (int i = 0; i < 9; ++i) number(made, numbers[i]);
-  const char* types = strstr(functions[which].name, "__");
-  for (int i = 0; types != NULL && types[i + 2] != 0; ++i) {
+  const char* types = types_of(functions[which].name);
+  for (int i = 0; types[i] != 0; ++i) {
     int64_t wide = 0;
     int32_t narrow = 0;
-    if (types[i + 2] == 'p' || types[i + 2] == 'l') {
+    if (types[i] == 'p' || types[i] == 'l') {
       memcpy(&wide, parameters[i], sizeof wide);
     } else {
       memcpy(&narrow, parameters[i], sizeof narrow);

@@ -110,7 +110,7 @@ def test_a_product_in_tiles_is_right(shape: tuple[int, int, int], dtype: str, pa
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize(
     ("m", "count", "dtype"),
-    [*((3, 4, dtype) for dtype in matmul.DTYPES), *((m, m, "float16") for m in (1, 2, 8))],
+    [*((3, 4, dtype) for dtype in matmul.DTYPES), *((m, m, "float16") for m in (1, 2, 8)), (11, 4, "float16")],
     ids=str,
 )
 def test_a_product_of_few_rows_is_right(m: int, count: int, dtype: str, split: int) -> None:

@@ -18,7 +18,7 @@ Time = Callable[[Problem, str], float]
 
 def by_rank(problem: Problem, name: str) -> float:
     """Nanoseconds that grow with the problem and the kernel's rank; the third is the fastest."""
-    names = [c.id for c in pool.candidates_for(problem.op)]
+    names = [c.id for c in pool.candidates_for(problem.op, "cpu")]
     return 1e4 * problem.dims[0][1] * (1 + abs(names.index(name) - 2) / 4)
 
 

@@ -79,7 +79,7 @@ def test_a_config_of_the_project_loads(path: Path) -> None:
     assert sweep.name == path.stem.replace("-", "_")
     for part in sweep.operators:
         assert part.problems
-        assert part.candidates == tuple(pool.candidates_for(part.op))
+        assert part.candidates == tuple(pool.candidates_for(part.op, sweep.device))
         assert tuple(part.bins) == pool.operator(part.op).dynamic
         assert all(each.weight >= 0 for each in part.problems)
 

@@ -124,7 +124,7 @@ def test_a_bench_asks_its_device_for_everything(gpu: Gpu, cuda: FakeCuda) -> Non
 
 def test_kernels_that_say_nothing_run_where_pytorchs_operators_do() -> None:
     on_gpu = {kernel.id for kernel in pool.kernels_for("linear", "cuda")}
-    assert on_gpu == {"torch.linear", "torch.linear_inplace"}
+    assert {id for id in on_gpu if not id.startswith("triton.")} == {"torch.linear", "torch.linear_inplace"}
     for op in pool.operators().values():
         kernels = {kernel.id for kernel in pool.kernels_for(op.name, "cuda")}
         assert op.default in kernels and not any(id.startswith(("tile.", "mkl")) for id in kernels)
@@ -146,6 +146,6 @@ def test_a_sweep_takes_the_candidates_of_its_device(tmp_path: Path) -> None:
         "    problems:\n      - {dims: {n: 32, k: 32}}\n"
     )
     (part,) = load(config).operators
-    assert {each.kernel for each in part.candidates} == {"torch.linear", "torch.linear_inplace"}
+    assert {each.kernel for each in part.candidates} == {each.id for each in pool.kernels_for("linear", "cuda")}
     (part,) = load(config, "cpu").operators
     assert "tile.f32_avx512" in {candidate.kernel for candidate in part.candidates}

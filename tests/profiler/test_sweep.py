@@ -383,7 +383,7 @@ def test_an_unknown_device_error_ends_its_process(config: Path, folder: Path) ->
 
 
 def test_the_same_fault_on_every_candidate_stops_the_sweep(config: Path, folder: Path) -> None:
-    all_of_them = {c.id: crashed(c.id) for c in pool.candidates_for("linear")}
+    all_of_them = {c.id: crashed(c.id) for c in pool.candidates_for("linear", "cpu")}
     with pytest.raises(BadInput, match=r"same fault on all .* broken"):
         sweep(config, folder, FakeMachine(faults=all_of_them))  # type: ignore[arg-type]
 

@@ -60,7 +60,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_forked_child_on_one_thread_waits_for_no_others() -> None:
-    able = [k for k in pool.kernels_for("softmax") if k.unit is not None and not k.unavailable()]
+    able = [k for k in pool.kernels_for("softmax", "cpu") if k.unit is not None and not k.unavailable()]
     if not able:
         pytest.skip("no generated softmax runs here")
     done = subprocess.run([sys.executable, "-c", FORKED, able[0].id], timeout=120, check=False, env=os.environ)

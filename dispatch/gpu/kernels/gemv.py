@@ -1,7 +1,8 @@
 """linear for few rows of x: y = epilogue(x @ weight.T + bias), bound by reading the weight once.
 
-A block takes BN rows of weight and all rows of x, reads BN x BK elements a step in the widest loads, multiplies
-without tensor cores, and adds along k only once, at its end. Layouts and dtypes are those of ``matmul.py``.
+A block takes BN rows of weight and ROWS of x, reads BN x BK elements a step in the widest loads, multiplies
+without tensor cores, and adds along k only once, at its end. Layouts and dtypes are those of ``matmul.py``. More
+rows of x than ROWS are right too, and read the weight once for each ROWS of them.
 """
 
 import triton
@@ -18,16 +19,17 @@ def step(acc, x, weight):
 
 @triton.jit
 def few_sums(
-    x, weight, column, start, stop, m, n, x_stride, weight_stride,
+    x, weight, row, column, start, stop, m, n, x_stride, weight_stride,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x @ weight.T (ROWS, BN) for the rows of weight from column on, over k from start to stop."""
-    rows = tl.minimum(tl.arange(0, ROWS), m - 1)
+    """x @ weight.T (ROWS, BN) for rows of x from row and of weight from column on, over k from start to stop."""
+    rows = tl.minimum(tl.arange(0, ROWS), m - 1 - row)
     columns = tl.minimum(tl.arange(0, BN), n - 1 - column)
     steps = tl.arange(0, BK)
     weight += tl.cast(column, tl.int64) * weight_stride + start
     # Three axes from the first load on: a block spreads (BN, BK) over its threads once, and nothing moves between.
-    x_at = x + start + rows[:, None, None] * x_stride + steps[None, None, :]
+    x += tl.cast(row, tl.int64) * x_stride + start
+    x_at = x + rows[:, None, None] * x_stride + steps[None, None, :]
     weight_at = weight + columns[None, :, None] * weight_stride + steps[None, None, :]
     acc = tl.zeros((ROWS, BN, BK), tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32)
     whole = (stop - start) // BK
@@ -51,11 +53,12 @@ def gemv(
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """y whole, for m <= ROWS."""
+    """y whole."""
+    row = tl.program_id(2) * ROWS
     column = tl.program_id(0) * BN
-    acc = few_sums(x, weight, column, 0, k, m, n, x_stride, weight_stride, ROWS, BN, BK, STAGES)
+    acc = few_sums(x, weight, row, column, 0, k, m, n, x_stride, weight_stride, ROWS, BN, BK, STAGES)
     finish(
-        acc, 0, column, y, bias, residual, x_scale, weight_scale, m, n, y_stride, residual_stride,
+        acc, row, column, y, bias, residual, x_scale, weight_scale, m, n, y_stride, residual_stride,
         ROWS, BN, BIAS, EPILOGUE, SCALED,
     )  # fmt: skip
 
@@ -66,7 +69,8 @@ def gemv_parts(
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Sums of SPLIT pieces of k, for weights of too few rows to fill a device."""
+    row = tl.program_id(2) * ROWS
     column = tl.program_id(0) * BN
     start, stop = piece_of(k, BK, SPLIT)
-    acc = few_sums(x, weight, column, start, stop, m, n, x_stride, weight_stride, ROWS, BN, BK, STAGES)
-    keep(acc, 0, column, workspace, m, n, ROWS, BN)
+    acc = few_sums(x, weight, row, column, start, stop, m, n, x_stride, weight_stride, ROWS, BN, BK, STAGES)
+    keep(acc, row, column, workspace, m, n, ROWS, BN)

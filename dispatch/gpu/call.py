@@ -1,0 +1,287 @@
+"""From tensors to launches: where each number of a call comes from, and what is allocated for it.
+
+A kernel says it as data, a ``Recipe``, and ``bound`` makes a function of tensors of it: compiled where the process
+has the fast path (``native/gpu_kernel.hpp``), else in Python. Both launch through ``gpu/launch.py``'s library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dks.dispatch import native
+from dks.dispatch.gpu import library
+from dks.dispatch.gpu.launch import Misaligned, Plan
+from dks.dispatch.gpu.program import Program
+from dks.dispatch.kernel import Declined, Launch, Output
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a number comes from when a call is made.
+
+    Attributes:
+        kind: ``input`` or ``buffer``, whose address; ``size`` or ``stride`` of an input, in elements; ``rows`` of
+            an input, its elements over those of its last dim; ``number``, an input that is one.
+        index: of the input or buffer.
+        dim: of ``size`` and ``stride``; negative ones count from the last.
+        default: of a ``number`` that is None in a call.
+    """
+
+    kind: str
+    index: int
+    dim: int = 0
+    default: float = 0.0
+
+
+KINDS = ("input", "buffer", "size", "stride", "rows", "number")
+"""In the order of ``enum Kind`` of ``native/gpu_kernel.hpp``."""
+
+
+def given(index: int) -> Source:
+    """The address of an input."""
+    return Source("input", index)
+
+
+def buffer(index: int) -> Source:
+    """The address of a buffer."""
+    return Source("buffer", index)
+
+
+def size(index: int, dim: int) -> Source:
+    """Of an input, in elements."""
+    return Source("size", index, dim)
+
+
+def stride(index: int, dim: int) -> Source:
+    """Of an input, in elements."""
+    return Source("stride", index, dim)
+
+
+def rows(index: int) -> Source:
+    """Elements of an input over those of its last dim."""
+    return Source("rows", index)
+
+
+def number(index: int, default: float) -> Source:
+    """An input that is a number, or None for the default."""
+    return Source("number", index, 0, default)
+
+
+Value = Source | torch.Tensor | int | float
+"""Of an argument: a number of each call, or one for all; a tensor's address. An address of 0 is a null pointer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Memory that a call allocates, contiguous, on its first input's device.
+
+    Attributes:
+        like: the input that has its leading dims.
+        last: size of its last dim in the place of the input's; None for that very size, 0 to leave the dim out.
+        dtype: name of its elements' dtype, as torch has it; the input's where empty.
+        returned: whether it is an output; else it is free again when the call has been launched, which is safe,
+            since what uses the memory next runs on the same stream.
+    """
+
+    like: int = 0
+    last: int | None = None
+    dtype: str = ""
+    returned: bool = True
+
+
+Steps = tuple[tuple[Program, Mapping[str, Value]], ...]
+"""What is launched, in order, and the values of the arguments by their names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A call.
+
+    Attributes:
+        inputs: of each argument: the name of its dtype as torch has it; ``number`` for a number or None; ``none``
+            where it must be None.
+        steps: what is launched.
+        buffers: in the order in which outputs are returned.
+    """
+
+    inputs: tuple[str, ...]
+    steps: Steps
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """What it launches."""
+        return tuple(program for program, _ in self.steps)
+
+
+def bound(recipe: Recipe, otherwise: Recipe | None = None, device: torch.device | str = "cuda") -> Launch:
+    """run(*inputs) -> the outputs, enqueued on the inputs' device's current stream.
+
+    The code is loaded here, so that no request waits for that: onto ``device``, and onto another of its kind with
+    the first call there.
+
+    Args:
+        otherwise: what is launched instead where a call is outside the programs' alignment class.
+        device: the current one of its kind, where it has no number. All tensors of a call must lie on one device of
+            this kind.
+
+    Raises:
+        Missing: a program has no compiled form here.
+        Declined, ContextLost, LaunchFailed: the code can't be loaded; see ``launch.Library.settle``.
+    """
+    device = torch.device(device)
+    second = None if otherwise is None else bound(otherwise, None, device)
+    plan, sources = planned(recipe)
+    if device.type == "cuda":
+        plan.load(torch.cuda.current_device() if device.index is None else device.index)
+    if native.module is not None and plan.steps is not None:
+        made: Launch = _native(recipe, sources, plan, second, device.type)
+        return made
+    return _Python(recipe, sources, plan, second, device.type)
+
+
+def planned(recipe: Recipe) -> tuple[Plan, tuple[Source, ...]]:
+    """The plan of a recipe, and where each of the numbers that it must be told comes from. Raises Missing."""
+    named: dict[str, Source] = {}
+    steps = []
+    for program, values in recipe.steps:
+        values_of: dict[str, int | float | str | torch.Tensor] = {}
+        for name, value in values.items():
+            if isinstance(value, Source):
+                values_of[name] = _name(value)
+                named[_name(value)] = value
+            else:
+                values_of[name] = value
+        steps.append((program, values_of))
+    plan = library.plan(steps)
+    return plan, tuple(named[name] for name in plan.names)
+
+
+def _name(source: Source) -> str:
+    return f"{source.kind} {source.index} {source.dim} {source.default!r}"
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of PyTorch's current stream on a device; 0 on one that has none."""
+    if device.type != "cuda":
+        return 0
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
+
+
+class _Python:
+    """The call where no compiled fast path is loaded."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: tuple[Source, ...],
+        plan: Plan,
+        second: Launch | None,
+        device: str,
+    ) -> None:
+        self._recipe, self._sources, self._plan = recipe, sources, plan
+        self._second, self._device = second, device
+        self._reads = tuple(_READERS[source.kind] for source in sources)
+
+    def __call__(self, *inputs: Any) -> Output:
+        inputs += (None,) * (len(self._recipe.inputs) - len(inputs))
+        device = self._checked(inputs)
+        buffers = [_made(each, inputs) for each in self._recipe.buffers]
+        values = [read(source, inputs, buffers) for read, source in zip(self._reads, self._sources, strict=True)]
+        index = device.index or 0
+        scratch, room = (0, 0), None
+        if self._plan.scratches and (needed := self._plan.scratch_bytes(*values, device=index)):
+            room = torch.empty(needed, dtype=torch.uint8, device=device)
+            scratch = (room.data_ptr(), needed)
+        try:
+            self._plan(*values, device=index, stream=current_stream(device), scratch=scratch)
+        except Misaligned:
+            if self._second is None:
+                raise
+            return self._second(*inputs)
+        outputs = tuple(t for t, each in zip(buffers, self._recipe.buffers, strict=True) if each.returned)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _checked(self, inputs: Sequence[Any]) -> torch.device:
+        """The device of the tensors. Raises Declined where they are not what the recipe takes."""
+        device: torch.device | None = getattr(inputs[0], "device", None)
+        for position, (kind, value) in enumerate(zip(self._recipe.inputs, inputs, strict=True)):
+            if kind == "number" or (kind == "none" and value is None):
+                continue
+            fits = isinstance(value, torch.Tensor) and value.dtype is getattr(torch, kind, None)
+            strided = fits and value.layout is torch.strided
+            if not strided or device is None or value.device != device or device.type != self._device:
+                raise Declined(f"argument {position}: of another dtype, or not on the first one's device")
+        assert device is not None  # the first input is a tensor
+        return device
+
+
+def _made(each: Buffer, inputs: Sequence[Any]) -> torch.Tensor:
+    like: torch.Tensor = inputs[each.like]
+    shape = like.shape if each.last is None else (*like.shape[:-1], *([each.last] if each.last else []))
+    return like.new_empty(tuple(shape), dtype=getattr(torch, each.dtype) if each.dtype else like.dtype)
+
+
+def _rows(t: torch.Tensor) -> int:
+    return math.prod(t.shape[:-1])
+
+
+_Read = Callable[[Source, Sequence[Any], Sequence[torch.Tensor]], Any]
+_READERS: Mapping[str, _Read] = {
+    "input": lambda source, inputs, _: inputs[source.index],
+    "buffer": lambda source, _, buffers: buffers[source.index],
+    "size": lambda source, inputs, _: inputs[source.index].shape[source.dim],
+    "stride": lambda source, inputs, _: inputs[source.index].stride(source.dim),
+    "rows": lambda source, inputs, _: _rows(inputs[source.index]),
+    "number": lambda source, inputs, _: source.default if inputs[source.index] is None else inputs[source.index],
+}
+
+_DEVICES = {"cpu": 1, "cuda": 2}
+_CODES = {
+    **{"bool": (6, 8), "uint8": (1, 8), "int8": (0, 8), "int32": (0, 32), "int64": (0, 64)},
+    **{"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16), "float8_e4m3fn": (10, 8)},
+    **{"number": (-1, 0), "none": (-2, 0)},
+}
+"""DLPack's (code, bits) of inputs; of those that are no tensors, ``native/gpu_kernel.hpp``'s."""
+
+
+def _native(
+    recipe: Recipe,
+    sources: tuple[Source, ...],
+    plan: Plan,
+    second: Launch | None,
+    device: str,
+) -> Any:
+    assert native.module is not None and plan.steps is not None
+    launch, scratch = plan.functions
+    inputs = tuple(_CODES[kind] for kind in recipe.inputs)
+    slots = tuple(
+        (KINDS.index(source.kind), source.index, source.dim, source.default, real)
+        for source, real in zip(sources, plan.floats, strict=True)
+    )
+    buffers = tuple(
+        (
+            each.like,
+            -1 if each.last is None else each.last,
+            getattr(torch, each.dtype) if each.dtype else None,
+            each.returned,
+        )
+        for each in recipe.buffers
+    )
+    program = (launch, scratch if plan.scratches else 0, *plan.steps)
+    return native.module.GpuKernel(_DEVICES[device], inputs, slots, buffers, program, second, plan.settle, plan)
+
+
+def steps(programs: Sequence[Program], values: Mapping[str, Value]) -> Steps:
+    """Programs with those of the values that each of them names."""
+    found = []
+    for each in programs:
+        named = {argument.name for argument in each.arguments}
+        named |= {name for axis in each.grid for name, _ in axis if name}
+        found.append((each, {name: values[name] for name in values if name in named}))
+    return tuple(found)

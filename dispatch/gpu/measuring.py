@@ -1,0 +1,53 @@
+"""Launching what the cache of compiled programs has: for measuring, not for serving."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from dks.dispatch.gpu import compile as compiling
+from dks.dispatch.gpu import embed, limits
+from dks.dispatch.gpu.launch import Kernel, Library, Plan, Step
+from dks.dispatch.gpu.library import Locate, Steps
+from dks.dispatch.gpu.program import Program
+from dks.dispatch.tiles.library import Missing
+
+
+def capability(device: str) -> int:
+    """Of a GPU: 80, 90 ..."""
+    major, minor = torch.cuda.get_device_capability(torch.device(device))
+    return 10 * major + minor
+
+
+def arch_for(device: int) -> int:
+    """The architecture that programs are compiled for to run on a device of this capability.
+
+    Raises:
+        Missing: none of ours runs there.
+    """
+    found = [arch for arch in limits.ARCHS if limits.runs_on(arch, device)]
+    if not found:
+        ours = ", ".join(f"sm_{arch}" for arch in limits.ARCHS)
+        raise Missing(f"device: found sm_{device}, expected one that runs code for {ours}")
+    return max(found)
+
+
+def locate(device: int) -> Locate:
+    """How to find programs for a device of this capability."""
+
+    @cache
+    def kernel(program: Program) -> Kernel:
+        cubin = compiling.load(program, arch_for(device))
+        if why := limits.fits(cubin, device):
+            raise Missing(f"{program.symbol}: {why}")
+        return library().add(cubin)
+
+    @cache
+    def library() -> Library:
+        return Library(embed.launcher())
+
+    def found(steps: Steps) -> Plan:
+        return Plan(library(), [Step(kernel(program), bound) for program, bound in steps])
+
+    return found
