@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +25,9 @@ from bench.gpu import OURS, Bench, Gpu, NotHere, run
 from bench.report import Row
 from dks.dispatch import native
 from dks.dispatch.compiler import find_compiler
+from dks.dispatch.gpu import call as recipe
 from dks.dispatch.gpu import embed
+from dks.dispatch.gpu import library as loaded
 from dks.dispatch.gpu.cubin import Cubin
 from dks.dispatch.gpu.launch import Library, Plan, Step
 from dks.dispatch.gpu.program import Argument, Program
@@ -181,15 +183,14 @@ def ours(compiled: tuple[Cubin, Program], tensors: Sequence[torch.Tensor]) -> Ca
     path, why = native_build.cached()
     if path is None or (why := native.install(path)):
         raise RuntimeError(f"no compiled fast path: {why}")
-    recipes = import_module("dks.dispatch.gpu.call")
     library = Library(embed.launcher())
     kernel = library.add(cubin)
-    recipes.library.look_in(lambda steps: Plan(library, [Step(kernel, bound) for _, bound in steps]))
-    sources: dict[str, object] = {name: recipes.given(i) for i, name in enumerate(TENSORS)}
-    of = (part for i in range(4) for part in (recipes.size(i, 0), recipes.size(i, 1), recipes.stride(i, 0)))
-    sources |= zip(NUMBERS, (*of, recipes.size(4, 0), recipes.stride(4, 0)), strict=True)
-    recipe = recipes.Recipe(("float32",) * len(tensors), ((program, sources),), ())
-    call = recipes.bound(recipe, device=tensors[0].device.type)
+    loaded.look_in(lambda steps: Plan(library, [Step(kernel, bound) for _, bound in steps]))
+    sources: dict[str, recipe.Value] = {name: recipe.given(i) for i, name in enumerate(TENSORS)}
+    of = (part for i in range(4) for part in (recipe.size(i, 0), recipe.size(i, 1), recipe.stride(i, 0)))
+    sources |= zip(NUMBERS, (*of, recipe.size(4, 0), recipe.stride(4, 0)), strict=True)
+    made = recipe.Recipe(("float32",) * len(tensors), ((program, sources),), ())
+    call = recipe.bound(made, device=tensors[0].device.type)
     return lambda: call(*tensors)
 
 

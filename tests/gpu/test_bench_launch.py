@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +52,6 @@ def test_ours_launches_it(
     assert numbers[9:] == [*(t.data_ptr() for t in tensors), *numbers_of(tensors), 0, 0]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("dks.dispatch.gpu.call") is None, reason="no recipes in this version")
 def test_ours_launches_it_from_tensors_alone(
     opened: Open, fake: Fake, tensors: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
