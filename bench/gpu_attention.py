@@ -9,8 +9,9 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from bench.gpu import MODES, OURS, Bench, Case, Gpu, Maker, each, normal, package, row, run
+from bench.gpu import MODES, OURS, Bench, Case, Gpu, Maker, each, normal
 from bench.gpu_peers import flashinfer_decode, gathered
+from bench.gpu_run import package, row, run
 from bench.peers import contiguous_attention
 from bench.report import Row
 from dks.dispatch.kernel import Inputs

@@ -64,7 +64,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def manifest(path: str) -> int:
     """Write what was where: packages, device, commit."""
-    from bench.gpu import NotHere, gpu_state
+    from bench.gpu import NotHere
+    from bench.gpu_run import gpu_state
     from bench.report import commit
     from dks.dispatch.environment import Environment
 

@@ -8,8 +8,9 @@ from types import ModuleType
 
 import torch
 
-from bench.gpu import EAGER, GRAPH, MODES, OURS, Bench, Case, Gpu, each, package, row, run
+from bench.gpu import EAGER, GRAPH, MODES, OURS, Bench, Case, Gpu, each
 from bench.gpu_peers import best_of_cublaslt, products, served_linear
+from bench.gpu_run import package, row, run
 from bench.gpu_shapes import shapes
 from bench.report import Row
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 
-from bench.gpu import HOME, NotHere, report
+from bench.gpu import HOME, NotHere
+from bench.gpu_run import report
 from bench.heldout import certified
 from bench.report import Row
 from dks.dispatch.environment import Environment

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from bench.cells import Call
-from bench.gpu import OURS, Bench, Gpu, NotHere, run
+from bench.gpu import OURS, Bench, Gpu, NotHere
+from bench.gpu_run import run
 from bench.report import Row
 from dks.dispatch import native
 from dks.dispatch.compiler import find_compiler

@@ -13,8 +13,9 @@ from types import ModuleType
 
 import torch.nn.functional as F
 
-from bench.gpu import MODES, OURS, Bench, Case, Gpu, each, package, row, run
+from bench.gpu import MODES, OURS, Bench, Case, Gpu, each
 from bench.gpu_peers import compiled, products, served_linear
+from bench.gpu_run import package, row, run
 from bench.report import ROOT, Row
 from dks.profiler.problems import Histogram, read_histogram
 

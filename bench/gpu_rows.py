@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.cells import Call
-from bench.gpu import MODES, OURS, Bench, Case, Gpu, Maker, each, normal, package, row, run
+from bench.gpu import MODES, OURS, Bench, Case, Gpu, Maker, each, normal
 from bench.gpu_peers import compiled
+from bench.gpu_run import package, row, run
 from bench.report import Row
 
 PACKAGE = "h200_rows"

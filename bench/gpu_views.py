@@ -14,8 +14,9 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from bench.gpu import MODES, OURS, Bench, Case, Gpu, each, normal, package, placed, row, run
+from bench.gpu import MODES, OURS, Bench, Case, Gpu, each, normal, placed
 from bench.gpu_peers import gathered
+from bench.gpu_run import package, row, run
 from bench.report import Row
 
 PACKAGE = "gpu_smoke"

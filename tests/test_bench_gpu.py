@@ -27,6 +27,7 @@ from bench import (
     gpu_llama,
     gpu_peers,
     gpu_rows,
+    gpu_run,
     gpu_shapes,
     gpu_views,
     report,
@@ -173,7 +174,7 @@ class FakeGpu(Gpu):
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    for module in (gpu, gpu_heldout):
+    for module in (gpu, gpu_run, gpu_heldout):
         monkeypatch.setattr(module, "HOME", tmp_path / "runs" / "gpu")
     for name in ("LEAST", "MOST"):
         monkeypatch.setattr(gpu, name, 8)
@@ -267,22 +268,22 @@ def cell(name: str, peer: Sequence[float], ours: Sequence[float], weight: float 
 
 def test_rows_over_cells() -> None:
     cells = [cell("a", [400.0] * 8, [100.0] * 8), cell("b", [50.0] * 8, [100.0] * 8, weight=10.0)]
-    mean = gpu.row("x", "words", "peer", cells, 1.1).to_json()
+    mean = gpu_run.row("x", "words", "peer", cells, 1.1).to_json()
     assert mean["ratio"] == pytest.approx(math.sqrt(2.0), rel=1e-3) and mean["worst"] == 0.5
     assert mean["worst_cell"] == "b" and mean["target"] == 1.1 and len(mean["cells"]) == 2  # type: ignore[arg-type]
-    assert gpu.row("x", "words", "peer", cells, 1.1, "worst").to_json()["ratio"] == 0.5
-    weighted = gpu.row("x", "words", "peer", cells, 1.1, "weighted").to_json()
+    assert gpu_run.row("x", "words", "peer", cells, 1.1, "worst").to_json()["ratio"] == 0.5
+    weighted = gpu_run.row("x", "words", "peer", cells, 1.1, "weighted").to_json()
     assert weighted["ratio"] == pytest.approx((400 + 500) / (100 + 1000), rel=1e-3) and weighted["pairs"] == 8
     lost = Cell("c", GRAPH, 1.0, {}, {OURS: [1.0] * 8}, {"peer": "ValueError: no"})
-    some = gpu.row("x", "words", "peer", [*cells, lost], None)
+    some = gpu_run.row("x", "words", "peer", [*cells, lost], None)
     assert some.extra["note"] == "peer or dks missing in 1 of 3 cells; ValueError: no"
-    none = gpu.row("x", "words", "peer", [lost], None)
+    none = gpu_run.row("x", "words", "peer", [lost], None)
     assert none.ratio is None and "ValueError: no" in str(none.extra["note"])
 
 
 def test_the_table_and_the_result_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = [cell("a", [400.0] * 8, [100.0] * 8)]
-    gpu.report("gemm", [gpu.row("x", "words", "peer", cells, 1.1)], ["a note"], PLACE)
+    gpu_run.report("gemm", [gpu_run.row("x", "words", "peer", cells, 1.1)], ["a note"], PLACE)
     written = json.loads((home / "runs" / "gpu-gemm" / "result.json").read_text())
     assert {"command", "commit", "notes", "rows"} <= written.keys() and written["environment"]["device"] == "cuda"
     (row,) = written["rows"]
@@ -297,7 +298,7 @@ def test_without_a_gpu_each_says_so_in_one_line(name: str, capsys: pytest.Captur
         "gemm": gpu_gemm, "llama": gpu_llama, "launch": gpu_launch,
         "rows": gpu_rows, "attention": gpu_attention, "views": gpu_views,
     }[name]  # fmt: skip
-    assert gpu.run(name, "", module.rows, words=[]) == 2
+    assert gpu_run.run(name, "", module.rows, words=[]) == 2
     assert capsys.readouterr().err == f"bench gpu-{name}: needs an NVIDIA GPU, and PyTorch sees none here\n"
 
 
@@ -305,7 +306,7 @@ def test_a_package_that_is_not_there_is_named(
     home: Path, cuda: FakeCuda, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(NotHere, match="needs the package h200_gemm"):
-        gpu.package("h200_gemm")
+        gpu_run.package("h200_gemm")
     assert gpu_heldout.main() == 2 and "needs one of the packages" in capsys.readouterr().err
 
 
