@@ -25,20 +25,20 @@ NEEDED = (
     *("click", "jinja2", "pyyaml", "rich", "nvidia-cutlass"),
 )
 """What the commands, the tests and compiling import."""
-KEPT = ("scipy",)
-"""Not replaced by a newer one: the machine's others were built beside it."""
+NEWER = ("pydantic", "pydantic_core", "typing_extensions")
+"""Replaced where the machine's are older, as they must fit each other. Of the rest the machine's own is taken."""
 MOST_MB = 8.0
 """Of a run's rows in one file; more is too much for git, and said."""
 
 
 def missing() -> int:
-    """Print the wheels of which this Python has nothing, or something older; 2 where that is not enough."""
+    """Print the wheels of what this Python has not, or too old; 2 where something is in neither."""
     brought = {}
     for wheel in sorted((ROOT / "wheels").glob("*.whl")):
         name, version = wheel.name.split("-")[:2]
         brought[_plain(name)] = version
         have = _version(name)
-        if not have or (have < _numbers(version) and name not in KEPT):
+        if not have or (have < _numbers(version) and name in NEWER):
             print(wheel)
     lacks = [name for name in NEEDED if not _version(name) and _plain(name) not in brought]
     if lacks:

@@ -6,9 +6,11 @@
 #   scripts/gpu_campaign.sh PART      run one part; again to resume it
 #   scripts/gpu_campaign.sh all       run what is next until the limit
 #
-# Settings: LIMIT, seconds of one call [540]; SHARE, of those for one part of "all" [240]; OUT, a folder that
-# results are copied to as well; PYTHON [python3]. All that is kept lies in runs/gpu: carry that folder, without its
-# cache and venv, to go on, on another machine too.
+#   scripts/gpu_campaign.sh restore FILE...   go on from what an earlier machine handed over
+#
+# Settings: LIMIT, seconds of one call [540]; SHARE, of those for one part of "all" [240]; OUT, a folder that all
+# results are handed over to wherever a part ended: status.txt, the part's log, and gpu.tar.gz in pieces of 15 MB;
+# PYTHON [python3]. On the machine itself all that is kept lies in runs/gpu.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -170,22 +172,25 @@ bench() {
   fi
 }
 
-pack() {
-  "$PY" -m bench.gpu_campaign manifest "$GPU/manifest.json" || return 2
-  local packed=$GPU/pack.tar.gz kept=() each
+# Everything but caches and the environment, as one file. Says what is too large, and leaves nothing then.
+archive() {
+  local packed=$GPU/pack.tar.gz kept=() each mb
   for each in manifest.json doctor.txt logs state run out luts cells; do [ -e "$GPU/$each" ] && kept+=("$GPU/$each"); done
   for each in runs/gpu-*/result.json; do [ -e "$each" ] && kept+=("$each"); done
+  rm -f "$packed"
   tar -czf "$packed.partial" --exclude='_lock' "${kept[@]}" || return 2
-  local mb=$((($(wc -c <"$packed.partial") + 1048575) / 1048576))
+  mb=$((($(wc -c <"$packed.partial") + 1048575) / 1048576))
   if [ "$mb" -gt "$MOST_MB" ]; then
-    echo "pack: found $mb MB, expected at most $MOST_MB; the largest:"
-    du -ak "${kept[@]}" | sort -rn | head -5
+    echo "pack: found $mb MB, expected at most $MOST_MB; the largest, in KB:"
+    du -k -d 2 "$GPU/run" "$GPU/out" "$GPU/luts" "$GPU/cells" "$GPU/logs" 2>/dev/null | sort -rn | head -5
     rm -f "$packed.partial"
     return 2
   fi
   mv "$packed.partial" "$packed"
   echo "packed: $packed, $mb MB"
 }
+
+pack() { "$PY" -m bench.gpu_campaign manifest "$GPU/manifest.json" && archive; }
 
 run_part() {
   case $1 in
@@ -198,18 +203,14 @@ run_part() {
 
 # --- running them ----------------------------------------------------------------------------------------------
 
-# What comes back, wherever a part ended: everything but caches and the environment.
+# A handful of files, none of them large: whatever carries them may have limits.
 hand_over() {
-  [ -n "${OUT:-}" ] && [ "$(realpath -m "$OUT")" != "$(realpath -m "$GPU")" ] || return 0
-  mkdir -p "$OUT/gpu"
-  local each
-  for each in manifest.json doctor.txt logs state run out luts cells; do
-    [ -e "$GPU/$each" ] && cp -r "$GPU/$each" "$OUT/gpu/"
-  done
-  for each in runs/gpu-*/result.json; do
-    [ -e "$each" ] && mkdir -p "$OUT/${each%/*}" && cp "$each" "$OUT/$each"
-  done
-  if [ "$(result pack)" = "done" ]; then cp "$GPU/pack.tar.gz" "$OUT/gpu/"; fi
+  [ -n "${OUT:-}" ] || return 0
+  mkdir -p "$OUT"
+  status >"$OUT/status.txt"
+  [ -n "${part:-}" ] && [ -f "$GPU/logs/$part.log" ] && cp "$GPU/logs/$part.log" "$OUT/last.log"
+  rm -f "$OUT"/gpu.tar.gz.*
+  archive >>"$OUT/status.txt" && split -b 15M "$GPU/pack.tar.gz" "$OUT/gpu.tar.gz."
 }
 
 attempt() {
@@ -245,6 +246,11 @@ case ${1:-} in
     if [ -n "$part" ]; then echo "next: scripts/gpu_campaign.sh $part"; else echo "all done or given up; see status"; fi
     ;;
   status) status ;;
+  restore)
+    shift
+    cat "$@" | tar -xz || exit 2
+    status
+    ;;
   --inside)
     echo "-- $(date -u +%FT%TZ) $2"
     set_up || exit 2
@@ -252,16 +258,17 @@ case ${1:-} in
     ;;
   all)
     trap hand_over EXIT
-    while part=$(next) && [ -n "$part" ] && [ $((LIMIT - SECONDS)) -ge $((4 * SPARE)) ]; do
-      left=$((LIMIT - SECONDS - SPARE))
+    while later=$(next) && [ -n "$later" ] && [ $((LIMIT - SECONDS)) -ge $((4 * SPARE)) ]; do
+      part=$later left=$((LIMIT - SECONDS - SPARE))
       attempt "$part" $((left < SHARE ? left : SHARE))
     done
     status
     ;;
   *)
     known "$1" || { echo "part: found $1, expected one of: ${PARTS[*]}" >&2; exit 2; }
+    part=$1
     trap hand_over EXIT
-    attempt "$1" "$LIMIT"
+    attempt "$part" "$LIMIT"
     code=$?
     [ "$code" -eq 124 ] || [ "$code" -eq 3 ] && exit 0
     exit "$code"

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Put what the machine with the GPU may lack into wheels/, on a machine with a network: Python 3.12 on x86-64 Linux.
 # scripts/gpu_campaign.sh installs from there what is missing. No NVIDIA library and no PyTorch: those are there.
+# More packages may be named: scripts/gpu_wheels.sh scipy
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -14,8 +15,8 @@ rm -rf wheels
   --platform manylinux_2_12_x86_64 --platform manylinux2010_x86_64 --platform manylinux1_x86_64 \
   -c constraints.txt -d wheels \
   pydantic pydantic_core annotated-types typing_extensions typing-inspection \
-  psutil scipy hypothesis sortedcontainers nvidia-cutlass \
-  click jinja2 MarkupSafe pyyaml rich markdown-it-py mdurl Pygments pytest pluggy iniconfig packaging
+  psutil nvidia-cutlass \
+  click jinja2 MarkupSafe pyyaml rich markdown-it-py mdurl Pygments pytest pluggy iniconfig packaging "$@"
 
 mb=$(du -sm wheels | cut -f1)
 if [ "$mb" -gt "$MOST_MB" ]; then

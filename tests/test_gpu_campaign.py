@@ -149,15 +149,18 @@ def test_a_sweep_that_has_not_finished_resumes_and_its_table_is_made_again(campa
 def test_a_part_that_hangs_is_ended_and_one_that_fails_keeps_the_others(campaign: Campaign, tmp_path: Path) -> None:
     out = tmp_path / "back"
     campaign.run("sweep-gpu-smoke", OUT=str(out))
-    assert (out / "gpu" / "run" / "gpu-smoke").is_dir() and not (out / "gpu" / "venv").exists()
+    assert {path.name for path in out.iterdir()} == {"status.txt", "last.log", "gpu.tar.gz.aa"}
+    with tarfile.open(out / "gpu.tar.gz.aa") as packed:
+        assert "runs/gpu/run/gpu-smoke" in packed.getnames()
     campaign.does("bench.gpu_launch", "sleep 60")
     done = campaign.run("bench-launch", LIMIT="2", OUT=str(out))
     assert done.returncode == 0 and campaign.status()["bench-launch"] == "unfinished"
-    assert (out / "gpu" / "state" / "bench-launch").read_text() == "unfinished 1\n"
+    assert (campaign.gpu / "state" / "bench-launch").read_text() == "unfinished 1\n"
     campaign.does("dks-codegen build", "echo 'error: no'; exit 2")
     failed = campaign.run("codegen-gpu-smoke", OUT=str(out))
     assert failed.returncode == 2 and "error: no" in failed.stdout
-    assert "error: no" in (out / "gpu" / "logs" / "codegen-gpu-smoke.log").read_text()
+    assert "error: no" in (out / "last.log").read_text()
+    assert "unfinished" in (out / "status.txt").read_text()
     assert campaign.status()["sweep-gpu-smoke"] == "done" and campaign.status()["codegen-gpu-smoke"] == "failed"
 
 
@@ -208,6 +211,20 @@ def test_another_machine_looks_and_compiles_again(campaign: Campaign) -> None:
     assert campaign.run("build").returncode == 0
 
 
+def test_another_machine_goes_on_from_what_was_handed_over(campaign: Campaign, tmp_path: Path) -> None:
+    large = campaign.gpu / "run" / "gpu-smoke" / "large"
+    large.parent.mkdir(parents=True)
+    large.write_bytes(os.urandom(16 * 2**20))
+    campaign.run("sweep-gpu-smoke", OUT=str(tmp_path / "back"))
+    pieces = sorted((tmp_path / "back").glob("gpu.tar.gz.*"))
+    assert [piece.name[-2:] for piece in pieces] == ["aa", "ab"]
+    shutil.rmtree(campaign.gpu)
+    done = campaign.run("restore", *map(str, pieces))
+    assert done.returncode == 0 and "sweep-gpu-smoke            done       1 runs" in done.stdout
+    assert len(large.read_bytes()) == 16 * 2**20
+    assert campaign.run("restore", str(tmp_path / "nothing")).returncode == 2
+
+
 def test_a_part_that_is_none_is_refused(campaign: Campaign) -> None:
     done = campaign.run("sweep-x")
     assert done.returncode == 2 and done.stderr.startswith("part: found sweep-x, expected one of: doctor tests")
@@ -249,19 +266,15 @@ def test_missing_wheels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "wheels").mkdir()
-    for name in (
-        "pydantic-2.0-py3-none-any.whl",
-        "psutil-9-cp312-x.whl",
-        "scipy-99-cp312-x.whl",
-        "new_one-1-x.whl",
-    ):
+    for name in ("pydantic-2.0-x.whl", "pydantic_core-2.2-x.whl", "psutil-9-x.whl", "new_one-1-x.whl"):
         (tmp_path / "wheels" / name).touch()
     have = dict.fromkeys(gpu_campaign.NEEDED, (1, 0)) | {"pydantic": (2, 5), "nvidia-cutlass": ()}
+    have |= {"pydantic_core": (2, 1), "psutil": (8, 0)}
     monkeypatch.setattr(gpu_campaign, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_campaign, "_version", lambda name: have.get(name, ()))
     assert main(["missing"]) == 2
     said = capsys.readouterr()
-    assert [Path(line).name.partition("-")[0] for line in said.out.splitlines()] == ["new_one", "psutil"]
+    assert [Path(line).name.partition("-")[0] for line in said.out.splitlines()] == ["new_one", "pydantic_core"]
     assert "found neither installed nor in wheels/: nvidia-cutlass;" in said.err
     (tmp_path / "wheels" / "nvidia_cutlass-4.2.0.0-py3-none-any.whl").touch()
     assert main(["missing"]) == 0
