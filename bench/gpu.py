@@ -15,6 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -85,16 +86,23 @@ class Gpu:
         torch.sum(self._scratch, 0, out=self._sink)
 
     def capture(self, call: Call) -> Call:
-        """A function that replays the call."""
-        side = self._cuda.Stream()
+        """A function that replays the call. Raises what it raises, of calls that can't be captured."""
+        side, graph = self._cuda.Stream(), self._cuda.CUDAGraph()
         side.wait_stream(self._cuda.current_stream())
         with self._cuda.stream(side):
             for _ in range(2):
                 call()
+            self._cuda.synchronize()
+            # torch.cuda.graph would collect garbage and empty the allocator's cache before each of thousands.
+            graph.capture_begin()
+            try:
+                kept = call()
+            except BaseException:
+                with suppress(RuntimeError):  # a capture that was broken ends with an error
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         self._cuda.current_stream().wait_stream(side)
-        graph = self._cuda.CUDAGraph()
-        with self._cuda.graph(graph):
-            kept = call()
 
         def replay() -> object:
             graph.replay()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from bench.gpu import MODES, OURS, Bench, Case, Gpu, each
 from bench.gpu_peers import compiled, products, served_linear
-from bench.gpu_run import package, row, run
+from bench.gpu_run import is_built, package, row, run
 from bench.report import ROOT, Row
 from dks.profiler.problems import Histogram, read_histogram
 
@@ -53,8 +53,15 @@ def points(histogram: Histogram, count: int = POINTS) -> list[tuple[int, float]]
     return found
 
 
-def rows(bench: Bench, models: Sequence[str] = tuple(MODELS)) -> Iterator[Row]:
-    """The rows of the table."""
+def there() -> list[str]:
+    """The models whose packages are built; the first one where none is, whose absence is then said."""
+    found = [model for model, (name, _) in MODELS.items() if is_built(name)]
+    return found or list(MODELS)[:1]
+
+
+def rows(bench: Bench, models: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of the table, of the models that are there where none is named."""
+    models = models or there()
     histogram = read_histogram(TRAFFIC)
     cases = []
     for model in models:
@@ -86,4 +93,4 @@ def case(
 
 
 if __name__ == "__main__":
-    sys.exit(run("llama", __doc__, rows, [name for name, _ in MODELS.values()]))
+    sys.exit(run("llama", __doc__, rows, [MODELS[model][0] for model in there()]))

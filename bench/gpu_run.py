@@ -106,10 +106,15 @@ def _shown(row: Row) -> tuple[str, ...]:
     return row.id, row.workload, row.peer, peer, ours, ratio, worst, target, met, str(row.extra.get("note", ""))
 
 
+def is_built(name: str) -> bool:
+    """Whether there is a package ``runs/gpu/out/NAME``."""
+    return (HOME / "out" / name / "manifest.json").is_file()
+
+
 def package(name: str) -> ModuleType:
     """The generated package ``runs/gpu/out/NAME``. Raises NotHere where it is not built or does not load."""
     out = HOME / "out"
-    if not (out / name / "manifest.json").is_file():
+    if not is_built(name):
         raise NotHere(f"needs the package {name} in {out}; run scripts/gpu_campaign.sh codegen after its sweep")
     if str(out) not in sys.path:
         sys.path.insert(0, str(out))

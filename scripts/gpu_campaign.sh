@@ -52,8 +52,7 @@ needs() {
     codegen-*) [ -d "$GPU/run/${1#codegen-}" ] ;;
     bench-views) [ -d "$GPU/out/gpu_smoke" ] ;;
     bench-gemm) [ -d "$GPU/out/h200_gemm" ] ;;
-    bench-llama) [ -d "$GPU/out/h200_llama3_8b" ] && [ -d "$GPU/out/h200_llama3_70b" ] ;;
-    bench-heldout) [ -d "$GPU/out/h200_llama3_8b" ] || [ -d "$GPU/out/h200_llama3_70b" ] ;;
+    bench-llama | bench-heldout) [ -d "$GPU/out/h200_llama3_8b" ] || [ -d "$GPU/out/h200_llama3_70b" ] ;;
     bench-rows | bench-attention) [ -d "$GPU/out/h200_${1#bench-}" ] ;;
     *) true ;;
   esac

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,13 +85,8 @@ class FakeCuda:
         yield
 
     def CUDAGraph(self) -> SimpleNamespace:
-        return SimpleNamespace(replay=lambda: self.said.append("replay"))
-
-    @contextmanager
-    def graph(self, _: object) -> Iterator[None]:
-        self.said.append("capture")
-        yield
-        self.said.append("captured")
+        names = {"capture_begin": "capture", "capture_end": "captured", "replay": "replay"}
+        return SimpleNamespace(**{name: partial(self.said.append, word) for name, word in names.items()})
 
 
 @pytest.fixture
@@ -114,9 +110,19 @@ def test_an_eager_call_finds_an_idle_device_and_a_captured_one_a_busy_one(
     assert cuda.said == ["other memory", "record", "call", "record", "wait"]
     cuda.said.clear()
     replay = there.capture(lambda: cuda.said.append("call") or "answer")
-    assert cuda.said == ["side waits", "side", "call", "call", "main waits", "capture", "call", "captured"]
+    warm_up = ["side waits", "side", "call", "call", "synchronize"]
+    assert cuda.said == [*warm_up, "capture", "call", "captured", "main waits"]
     cuda.said.clear()
     assert replay() == "answer" and cuda.said == ["replay"]
+    cuda.said.clear()
+
+    def reads_a_value() -> None:
+        if "capture" in cuda.said:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        there.capture(reads_a_value)
+    assert cuda.said[-1] == "captured", "what was begun is ended, so that the next one can begin"
     assert there.beyond == 8192 and there.stream() == 7
 
 
@@ -371,6 +377,14 @@ def test_llama(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     weights = [part["weight"] for part in found[0].extra["cells"]]  # type: ignore[attr-defined]
     assert sum(weights) == pytest.approx(3.0), "shares of a pass, times the calls of a model's pass"
+
+
+def test_llama_takes_the_models_whose_packages_are_built(home: Path) -> None:
+    assert gpu_llama.there() == ["8b"], "whose absence is then said"
+    folder = home / "runs" / "gpu" / "out" / "h200_llama3_70b"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    assert gpu_llama.there() == ["70b"]
 
 
 def test_points_of_traffic_have_its_passes_and_its_prompts() -> None:
