@@ -6,6 +6,7 @@ They take what users take: the commands, on configs/gpu-smoke.yaml, and the pack
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -51,5 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def command(name: str, *words: str) -> int:
     """Run one of the two commands as this Python would; its exit code."""
     module = {"dks-profile": "profiler", "dks-codegen": "codegen"}[name]
+    # Triton's interpreter is for tests without a GPU, and tests/conftest.py asks for it.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     program = f"import sys; from dks.{module}.cli import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", program, *words], check=False).returncode
+    return subprocess.run([sys.executable, "-c", program, *words], env=environment, check=False).returncode
