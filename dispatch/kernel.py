@@ -220,7 +220,7 @@ PERIOD = 4_194_301
 
 
 def draw_normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Unit-normal float32 of ``shape``, which repeat after ``PERIOD`` numbers: drawing a large weight, as each check
+    """Unit-normal float32 of ``shape``; repeats after ``PERIOD`` numbers: drawing a large weight, as each check
     does, would take longer than all that is done with it."""
     count = math.prod(shape)
     drawn = torch.randn((min(count, PERIOD),), generator=generator)
