@@ -88,5 +88,14 @@ def _given(exchange: object) -> dict[str, object]:
     }
 
 
+DEVICES = {"cpu": 1, "cuda": 2}
+"""DLPack's number of each kind of device that tables are for."""
+
+
+def place(t: torch.Tensor) -> tuple[int, int]:
+    """DLPack's (kind, index) of the device that a tensor of a CPU or GPU is on."""
+    return DEVICES[t.device.type], t.device.index or 0
+
+
 CODES = {torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16)}
 """DLPack's (code, bits) of the dtypes that kernels take."""

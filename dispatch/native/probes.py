@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,6 +66,16 @@ def _key_on(name: str) -> Iterator[None]:
         torch._C._dispatch_tls_set_dispatch_key_included(name, False)
 
 
+@contextmanager
+def _autocast_on(device: str) -> Iterator[None]:
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, True)  # torch.autocast does nothing for a GPU that is not there
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before)
+
+
 def _key(name: str) -> int:
     return int(torch._C._parse_dispatch_key(name))  # type: ignore[call-overload, no-any-return]
 
@@ -72,6 +83,7 @@ def _key(name: str) -> int:
 def _questions() -> list[Question]:
     included = "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE"
     functorch = "FuncTorchDynamicLayerFrontMode"
+    autocast = "_ZN2at8autocast19is_autocast_enabledEN3c1010DeviceTypeE"
     return [
         Question(
             "libc10.so", "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv", True, 0,
@@ -86,9 +98,12 @@ def _questions() -> list[Question]:
             lambda: _key_on(functorch), lambda: torch._C._functorch.maybe_current_level() is not None,
         ),
         Question("libc10.so", included, False, _key("Tracer"), lambda: _key_on("Tracer"), torch._C._is_tracing),
-        Question(
-            "libtorch_cpu.so", "_ZN2at8autocast19is_autocast_enabledEN3c1010DeviceTypeE", False, 0,
-            lambda: torch.autocast("cpu"), torch._C._is_any_autocast_enabled,
+        *(
+            Question(
+                "libtorch_cpu.so", autocast, False, number,
+                partial(_autocast_on, device), partial(torch.is_autocast_enabled, device),
+            )
+            for device, number in (("cpu", 0), ("cuda", 1))  # c10::DeviceType
         ),
     ]  # fmt: skip
 
