@@ -179,6 +179,7 @@ class PreparedModule(nn.Module):
                 None if question is None else self._dispatch(generation, question),
                 None if fused is None else self._dispatch(generation, fused),
             )
+        _wait_for(weight)
         self._bindings = {**self._bindings, generation.serial: binding}
         if self._layer is not None and all(dispatch.native is not None for dispatch in binding.dispatches):
             self._layer.hold(generation.serial, self._compiled(binding, self._watch, weight))
@@ -391,6 +392,12 @@ def parameter_objection(weight: torch.Tensor | None, bias: torch.Tensor | None =
 
 def _as_parameter(t: torch.Tensor | None) -> nn.Parameter | None:
     return t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=t.requires_grad)
+
+
+def _wait_for(t: torch.Tensor) -> None:
+    """Until what was packed on a GPU is there: another thread may serve from it on another stream at once."""
+    if t.is_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(t.device).synchronize()
 
 
 def _on_cache_line(t: torch.Tensor) -> torch.Tensor:

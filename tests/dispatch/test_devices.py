@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from dks.dispatch import environment, misses, native, pool, prepared, traced
 from dks.dispatch.environment import Environment
@@ -285,6 +286,24 @@ def test_binding_is_done_without_the_weights_own_autocast(
     assert seen == [False]
 
 
+def test_what_is_bound_on_a_gpu_is_there_before_it_serves(
+    route: Any, gpus: pretended.Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads have streams of their own; nothing orders one behind that on which a weight is packed."""
+    runtime = made(route, "linear", "cuda")
+    layer = layers(runtime)
+    serving: list[tuple[str, int]] = []
+
+    def stream(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: serving.append((str(device), len(layer._bindings))))
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    gpus.moved(layer, "cuda:1")
+    gpus.moved(layer, "cpu")
+    assert serving == [("cuda:1", 0)]
+
+
 @pytest.mark.parametrize("op", ["linear", "layer_norm", "rms_norm"])
 def test_optimize_leaves_layers_on_another_device_and_says_so(route: Any, gpus: pretended.Gpus, op: str) -> None:
     runtime = made(route, op, "cuda")
@@ -452,6 +471,36 @@ def test_what_a_table_of_gpus_missed_is_measured_on_one(route: Any, gpus: preten
     text = (tmp_path / "missed.yaml").read_text()
     assert "\ndevice: cuda\n" in text and "threads" not in text
     assert "device" not in misses.render(misses.plan({}, runtime.generation.table), "t")
+
+
+class Model(nn.Module):
+    """What asks a table by name, on one device."""
+
+    def __init__(self, runtime: Runtime, device: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(N, N, device=device), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(N, device=device), requires_grad=False)
+        self.calls = [runtime.server(op).call for op in ("linear", "rms_norm", "softmax", "attention")]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        linear, norm, softmax, attention = self.calls
+        y = softmax(norm(linear(x, self.weight, self.scale), (N,), self.scale, 1e-6))
+        q = y.view(1, -1, 2, 8).transpose(1, 2)
+        found: torch.Tensor = attention(q, q, q, torch.ones(4, 4, dtype=torch.bool, device=q.device))
+        return found
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_on_a_gpu_holds_the_tables_operators(strict: bool) -> None:
+    """With PyTorch's fake tensors, which say that they are on a GPU and need none."""
+    runtime = Runtime("exported_on_a_gpu", Generation(device="cuda"))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model, x = Model(runtime, "cuda"), torch.empty(4, N, device="cuda")
+        program = torch.export.export(model, (x,), strict=strict)
+    found = [node for node in program.graph.nodes if "dks" in str(node.target)]
+    names = [str(node.target).split(".")[1] for node in found]
+    assert names == ["linear", "rms_norm", "softmax", "attention"]
+    assert {node.meta["val"].device for node in found} == {torch.device("cuda", 0)}
 
 
 def test_graphs_take_tensors_of_one_device(gpus: pretended.Gpus) -> None:
