@@ -84,6 +84,7 @@ def _given(exchange: object) -> dict[str, object]:
         "is_neg": torch.Tensor.is_neg,
         "declined": Declined,
         "special": probes.special(),
+        "autocast": probes.autocast(),
         "gradients": probes.gradients(),
     }
 

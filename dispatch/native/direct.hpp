@@ -93,7 +93,7 @@ struct Direct {
   static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     const Direct& direct = Object<Direct>::of(self);
     Found found;
-    if (!thread.plain() || !direct.look(args, count, found) || found.code < 0 || nearest(found.code))
+    if (!thread.plain(direct.kind) || !direct.look(args, count, found) || found.code < 0 || nearest(found.code))
       Py_RETURN_NOTIMPLEMENTED;
     PyObject *x = args[0], *weight = args[1], *bias = args[2];
     const Ref plan_object = Ref::share(found.slot->plan_object.get());

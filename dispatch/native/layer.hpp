@@ -271,8 +271,9 @@ struct Layer {
 
   PyObject* serve(PyObject* module, PyObject* x_object, PyObject* r_object, bool& served) const {
     const Ref held = Ref::share(binding());
-    if (!held || hooked() || !thread.plain()) return nullptr;
+    if (!held || hooked()) return nullptr;
     const Binding& bound = Object<Binding>::of(held.get());
+    if (!thread.plain(bound.device.type)) return nullptr;
     const Plan* plan = r_object == nullptr ? bound.plan : bound.fused;
     View x, residual;
     if (plan == nullptr || !x.read(x_object) || !x.is(bound.dtype)) return nullptr;

@@ -83,7 +83,6 @@ def _key(name: str) -> int:
 def _questions() -> list[Question]:
     included = "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE"
     functorch = "FuncTorchDynamicLayerFrontMode"
-    autocast = "_ZN2at8autocast19is_autocast_enabledEN3c1010DeviceTypeE"
     return [
         Question(
             "libc10.so", "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv", True, 0,
@@ -98,13 +97,17 @@ def _questions() -> list[Question]:
             lambda: _key_on(functorch), lambda: torch._C._functorch.maybe_current_level() is not None,
         ),
         Question("libc10.so", included, False, _key("Tracer"), lambda: _key_on("Tracer"), torch._C._is_tracing),
-        *(
-            Question(
-                "libtorch_cpu.so", autocast, False, number,
-                partial(_autocast_on, device), partial(torch.is_autocast_enabled, device),
-            )
-            for device, number in (("cpu", 0), ("cuda", 1))  # c10::DeviceType
-        ),
+    ]  # fmt: skip
+
+
+def _autocasts() -> list[Question]:
+    symbol = "_ZN2at8autocast19is_autocast_enabledEN3c1010DeviceTypeE"
+    return [
+        Question(
+            "libtorch_cpu.so", symbol, False, number,
+            partial(_autocast_on, device), partial(torch.is_autocast_enabled, device),
+        )
+        for device, number in (("cpu", 0), ("cuda", 1))  # c10::DeviceType
     ]  # fmt: skip
 
 
@@ -120,6 +123,11 @@ def special() -> tuple[Probe, ...]:
     return (*(_probe(question) for question in _questions()), level)
 
 
+def autocast() -> tuple[Probe, ...]:
+    """The probes that answer whether autocast is on, for a CPU and for a GPU."""
+    return tuple(_probe(question) for question in _autocasts())
+
+
 def gradients() -> Probe:
     """The probe that answers whether autograd records."""
     return _probe(_gradients())
@@ -127,7 +135,7 @@ def gradients() -> Probe:
 
 def unproved() -> list[str]:
     """Symbols of the switches that are asked through Python here."""
-    return [q.symbol for q in (*_questions(), _gradients()) if _probe(q)[0] == _CALLABLE]
+    return [q.symbol for q in (*_questions(), *_autocasts(), _gradients()) if _probe(q)[0] == _CALLABLE]
 
 
 def _probe(question: Question) -> Probe:

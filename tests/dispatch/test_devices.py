@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,17 +255,18 @@ def test_a_write_to_a_weight_on_a_gpu_reaches_the_framework(route: Any, gpus: pr
         assert counted(runtime) == {"hit": 1, "weight_changed": 1}, form
 
 
-def test_autocast_of_either_device_reaches_the_framework(route: Any, gpus: pretended.Gpus, form: str) -> None:
-    runtime = made(route, "linear", "cuda")
-    layer = layers(runtime)
+@pytest.mark.parametrize(("device", "home"), [("cuda", "cuda:0"), ("cpu", "cpu")])
+def test_autocast_of_the_tables_device_reaches_the_framework(
+    route: Any, gpus: pretended.Gpus, form: str, device: str, home: str
+) -> None:
+    runtime = made(route, "linear", device)
+    layer, x = gpus.moved(layers(runtime), home), gpus.put(rows(), home)
     with torch.no_grad():
-        for device in ("cuda", "cpu"):
-            with probes._autocast_on(device):
-                layer(rows())
-                runtime.server("linear").call(rows(), layer.weight, layer.bias)
-            assert counted(runtime) == {"autocast": 2}, (device, form)
-        layer(rows())
-    assert counted(runtime) == {"hit": 1}
+        for on in (False, True, False):
+            with probes._autocast_on(device) if on else nullcontext():
+                layer(x)
+                runtime.server("linear").call(x, layer.weight, layer.bias)
+            assert counted(runtime) == {"autocast" if on else "hit": 2}, form
     assert not probes.unproved()
 
 
