@@ -42,13 +42,18 @@ def _only_default_devices() -> bool:
     return all(type(mode) is DeviceContext for mode in modes)
 
 
-def tensor_objection(x: object, dtype: torch.dtype) -> str | None:
-    """Why ``x`` itself asks for the framework, or None: subclass, dtype, device or layout."""
+def tensor_objection(x: object, dtype: torch.dtype, device: str, beside: torch.Tensor | None = None) -> str | None:
+    """Why ``x`` itself asks for the framework, or None: subclass, dtype, device or layout.
+
+    Args:
+        device: kind of device that the table is for, ``cpu`` or ``cuda``.
+        beside: a tensor on the device, number included, on which ``x`` must be as well.
+    """
     if type(x) is not _Tensor and type(x) is not _Parameter:
         return "subclass"
     if x.dtype is not dtype:
         return "dtype"
-    if not x.is_cpu:
+    if not (x.is_cpu if device == "cpu" else _on_gpu(x, beside)):
         return "device"
     # A tensor of zeros that autograd made has no memory at all.
     if x.layout is not _strided or x.is_nested or x.is_neg() or x._is_zerotensor():
@@ -56,9 +61,13 @@ def tensor_objection(x: object, dtype: torch.dtype) -> str | None:
     return None
 
 
-def objection(x: object, dtype: torch.dtype) -> str | None:
+def _on_gpu(x: torch.Tensor, beside: torch.Tensor | None) -> bool:
+    return x.is_cuda and (beside is None or x.get_device() == beside.get_device())
+
+
+def objection(x: object, dtype: torch.dtype, device: str, beside: torch.Tensor | None = None) -> str | None:
     """Why the framework must serve a call on ``x``: ``x`` itself, or the state of this thread; or None."""
-    reason = tensor_objection(x, dtype)
+    reason = tensor_objection(x, dtype, device, beside)
     if reason is not None:
         return reason
     return "autocast" if _any_autocast() else transform_objection()

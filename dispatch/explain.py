@@ -31,6 +31,7 @@ class Known:
         dead: candidates that must not run here, with the reason.
         failures: candidates that failed in this process, with their last error.
         evidence: the Lut's text, or empty.
+        device: kind of device that the table is for.
     """
 
     table: Table
@@ -38,6 +39,7 @@ class Known:
     dead: Mapping[str, str]
     failures: Mapping[str, str]
     evidence: str
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def explain(op: str, asked: Mapping[str, int | str], align: int, known: Known) -
     rule = known.table.rules[code >> 2]
     match = Match(code & 3).name.lower()
     evidence = _evidence(known.evidence, code >> 2)
-    story = (*where, *_alignment(question, rule, evidence), *_told(operator.default, evidence))
+    story = (*where, *_alignment(question, rule, evidence), *_told(operator.default, evidence, known.device))
     if rule.candidate in known.dead:
         why = f"{rule.candidate} was chosen and may not run: {known.dead[rule.candidate]}"
         return Choice(op, operator.default, "default", why, None, story)
@@ -175,7 +177,7 @@ def _alignment(question: _Question, rule: Rule, evidence: Mapping[str, Any]) -> 
     return (("alignment", text),)
 
 
-def _told(default: str, evidence: Mapping[str, Any]) -> Story:
+def _told(default: str, evidence: Mapping[str, Any], device: str) -> Story:
     """The evidence in words; what it does not hold is left out."""
     lines: list[tuple[str, str]] = []
     chosen = evidence.get("candidate")
@@ -199,7 +201,7 @@ def _told(default: str, evidence: Mapping[str, Any]) -> Story:
         lines.append(("margin", f"{_interval(evidence['margin'])}: the runner-up's time over the choice's"))
     if evidence.get("tied"):
         lines.append(("tied", ", ".join(evidence["tied"])))
-    return (*lines, *_not_chosen(default, chosen, evidence.get("others")))
+    return (*lines, *_not_chosen(default, chosen, evidence.get("others"), device))
 
 
 def _interval(ends: Sequence[float | None]) -> str:
@@ -209,18 +211,20 @@ def _interval(ends: Sequence[float | None]) -> str:
     return f"{value:.3f}x" + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
 
 
-def _not_chosen(default: str, chosen: object, others: Sequence[Mapping[str, Any]] | None) -> Story:
-    """Why every other candidate was not chosen, by reason; what the pool has beyond them was not measured."""
+def _not_chosen(default: str, chosen: object, others: Sequence[Mapping[str, Any]] | None, device: str) -> Story:
+    """Why every other candidate was not chosen, by reason; what the pool has for the device beyond them was not
+    measured."""
     if others is None:
         return ()
-    left = {kernel.id: len(kernel.candidates()) for kernel in pool.kernels_for(pool.kernels()[default].op)}
+    known = pool.kernels_for(pool.kernels()[default].op, device)
+    left = {kernel.id: len(kernel.candidates()) for kernel in known}
     for id in {default, str(chosen)}:
         kernel = Candidate.parse(id).kernel
         left[kernel] = left.get(kernel, 0) - 1  # the pool of another version may lack it
     told = [(other["reason"], other["kernels"]) for other in others]
     for _, kernels in told:
-        for known, n in kernels.items():
-            left[known] = left.get(known, 0) - n
+        for id, n in kernels.items():
+            left[id] = left.get(id, 0) - n
     if unmeasured := {kernel: n for kernel, n in left.items() if n > 0}:
         told.append(("not measured", unmeasured))
     lines: list[tuple[str, str]] = []

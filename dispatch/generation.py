@@ -65,8 +65,10 @@ class Generation:
         evidence: the text of the Lut, read only by ``explain``; held, so that going back needs no disk.
         origin: where it was loaded from, for people.
         hash: what all ranks of a server must have alike; empty where nothing was loaded.
+        device: kind of device that it was measured on, ``cpu`` or ``cuda``: calls on another are the framework's.
 
     Attributes:
+        blocked: what calls are counted as where it is refused, a name in ``reasons``; else None.
         serial: a number of its own in this process.
         dispatches: the bound kernels of calls without preparation, by operator and key.
         fast: the compiled forms of functional calls, by operator.
@@ -81,6 +83,7 @@ class Generation:
         evidence: str = "",
         origin: str = "",
         hash: str = "",
+        device: str = "cpu",
     ) -> None:
         self.table = table
         self.refused = refused
@@ -88,6 +91,8 @@ class Generation:
         self.evidence = evidence
         self.origin = origin
         self.hash = hash
+        self.device = device
+        self.blocked: str | None = None if refused is None else "refused"
         self.serial = next(_serials)
         self.dispatches: dict[tuple[object, ...], Any] = {}
         self.fast: dict[str, Any] = {}
@@ -118,7 +123,7 @@ class Generation:
         dims = {name: statics.get(name, 1) for name in pool.operator(op).dims}
         problem = Problem.of(op, traits, dims)
         if self.refused is not None:
-            return Plan(problem, blocked="refused")
+            return Plan(problem, blocked=self.blocked)
         index = self._groups.get(key)
         if index is None:
             return Plan(problem, blocked="unknown_shape")

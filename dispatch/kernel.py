@@ -215,9 +215,21 @@ activations of transformers have them (Dettmers et al., LLM.int8(), 2022). Kerne
 pass the first and may fail the second, so a candidate's error is the larger of both."""
 
 
+PERIOD = 4_194_301
+"""Of drawn numbers: a prime, so that no two rows or columns of a large tensor are alike."""
+
+
+def draw_normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Unit-normal float32 of ``shape``; repeats after ``PERIOD`` numbers: drawing a large weight, as each check
+    does, would take longer than all that is done with it."""
+    count = math.prod(shape)
+    drawn = torch.randn((min(count, PERIOD),), generator=generator)
+    return drawn.repeat(-(-count // PERIOD))[:count].view(shape) if count > PERIOD else drawn.view(shape)
+
+
 def draw_activations(shape: tuple[int, ...], generator: torch.Generator, draw: str) -> torch.Tensor:
     """Float32 activations of ``shape``, features last; see DRAWS."""
-    x = torch.randn(shape, generator=generator)
+    x = draw_normal(shape, generator)
     if draw == "outliers":
         x[..., ::64] *= 20.0
     return x

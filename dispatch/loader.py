@@ -21,6 +21,7 @@ from dks.dispatch.manifest import (
     TABLE,
     checked,
     dead_kernels,
+    device_of,
     examine,
     intact,
     table_hash,
@@ -53,7 +54,8 @@ def load(package: str, folder: str) -> Runtime:
         if _strict():
             raise RuntimeError(text) from None
         warnings.warn(text, RuntimeWarning, stacklevel=3)
-        generation = Generation(refused=str(error), origin=folder, hash=table_hash(None))
+        device = device_of(Path(folder))
+        generation = Generation(refused=str(error), origin=folder, hash=table_hash(None), device=device)
     else:
         if native.module is None:
             warnings.warn(f"{package}: the Python form serves: {native.why}", RuntimeWarning, stacklevel=3)
@@ -97,7 +99,8 @@ def open_generation(path: Path) -> Generation:
     if _strict() and (lines := needs(table, dead)):
         raise BadInput(f"the table can't be served without a search here: {'; '.join(lines)}")
     digest = table_hash(manifest, dead)
-    return Generation(table, dead=dead, evidence=evidence, origin=str(path), hash=digest)
+    device = manifest.environment.device
+    return Generation(table, dead=dead, evidence=evidence, origin=str(path), hash=digest, device=device)
 
 
 def _strict() -> bool:

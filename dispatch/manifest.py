@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
@@ -226,13 +228,34 @@ def checked(folder: Path, manifest: Manifest, name: str) -> bytes:
     return data
 
 
-def misfits(manifest: Manifest) -> list[str]:
-    """One line for each field of the environment that differs here."""
+def device_of(folder: Path) -> str:
+    """The kind of device that a package which must not serve was measured on; ``cpu`` where it can't be said."""
     try:
-        here = Environment.current(manifest.environment.device)
-    except ValueError as error:
-        return [str(error)]
-    return manifest.environment.diff(here)
+        device = read_manifest(folder).environment.device
+    except BadInput:
+        return "cpu"
+    return device if device == "cuda" else "cpu"
+
+
+def misfits(manifest: Manifest) -> list[str]:
+    """One line for each field of the environment that differs here; of a table for GPUs, on any GPU that PyTorch
+    sees, with the names of those, since a call may come with tensors of any.
+
+    Asking for GPUs initialises CUDA: processes forked from this one later can't use it.
+    """
+    wanted = manifest.environment
+    try:
+        if wanted.device != "cuda":
+            return wanted.diff(Environment.current(wanted.device))
+        every = [f"cuda:{index}" for index in range(max(1, torch.cuda.device_count()))]
+        found: dict[str, list[str]] = {}
+        for device in every:
+            for line in wanted.diff(Environment.current(device)):
+                found.setdefault(line, []).append(device)
+    # PyTorch raises the second where CUDA can't be used, as in the child of a process that used it.
+    except (ValueError, RuntimeError) as error:
+        return [" ".join(str(error).split())]
+    return [line if named == every else f"{', '.join(named)}: {line}" for line, named in found.items()]
 
 
 def dead_kernels(manifest: Manifest) -> dict[str, str]:
@@ -242,6 +265,8 @@ def dead_kernels(manifest: Manifest) -> dict[str, str]:
         kernel = pool.kernels().get(id)
         if kernel is None:
             dead[id] = "this version has no such kernel"
+        elif not kernel.runs_on(manifest.environment.device):
+            dead[id] = f"it is no kernel for {manifest.environment.device}"
         elif source_digest(kernel) != digest:
             dead[id] = "its source changed since it was measured"
         elif (why := kernel.unavailable()) is not None:

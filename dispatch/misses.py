@@ -215,13 +215,14 @@ def _new_edges(known: Sequence[int], dim: int, shapes: Mapping[Shape, Counter[st
     return {size: edges[bisect_left(edges, size)] for size in calls}
 
 
-def export(path: Path, sweep: Sweep, name: str) -> int:
+def export(path: Path, sweep: Sweep, name: str, device: str = "cpu") -> int:
     """Write a sweep config, whole or not at all; returns how many problems it measures.
 
     Nothing is written where there are none: a config needs one.
 
     Args:
         name: of the table.
+        device: kind of device that it is for.
 
     Raises:
         OSError: ``path`` can't be written; what was there is intact.
@@ -229,14 +230,14 @@ def export(path: Path, sweep: Sweep, name: str) -> int:
     if sweep.size:
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            partial.write_text(render(sweep, name), encoding="utf-8", newline="\n")
+            partial.write_text(render(sweep, name, device), encoding="utf-8", newline="\n")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     return sweep.size
 
 
-def render(sweep: Sweep, name: str) -> str:
+def render(sweep: Sweep, name: str, device: str = "cpu") -> str:
     """The config's text. YAML by hand: serving needs no library for it, and all names in it are identifiers."""
     calls = sum(sum(reasons.values()) for shapes in sweep.shapes.values() for reasons in shapes.values())
     lines = [
@@ -244,7 +245,7 @@ def render(sweep: Sweep, name: str) -> str:
         *(f"# Not in it: {line}." for line in sweep.left),
         "version: 1",
         f"name: {_identifier(name)}_misses",
-        f"threads: {torch.get_num_threads()}",
+        f"threads: {torch.get_num_threads()}" if device == "cpu" else f"device: {device}",
         "operators:",
     ]
     by_op: dict[str, list[Problem]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dks.dispatch.prepared import PreparedModule, parameter_objection
+from dks.dispatch.prepared import PreparedModule, parameter_note
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import Question, Server, tensors_objection
 from dks.dispatch.swap import bind_again, children, replace, swap_note
@@ -73,12 +73,14 @@ class NormServer(Server):
             return "has no " + " or no ".join(self.parameters)
         if norm.normalized_shape != weight.shape or weight.dim() != 1:
             return f"normalises over {norm.normalized_shape}, expected the last dim alone"
-        return swap_note(norm, self.parameters) or parameter_objection(weight, *bias)
+        return swap_note(norm, self.parameters) or parameter_note(self.device, weight, *bias)
 
 
-def rows_objection(x: Any, normalized_shape: Sequence[int], *parameters: torch.Tensor | None) -> str | None:
+def rows_objection(
+    device: str, x: Any, normalized_shape: Sequence[int], *parameters: torch.Tensor | None
+) -> str | None:
     """Why the framework must serve a functional call, or None where it normalises contiguous rows."""
-    if (reason := tensors_objection(x, *parameters)) is not None:
+    if (reason := tensors_objection(device, x, *parameters)) is not None:
         return reason
     if not isinstance(normalized_shape, (tuple, list)):
         return "shape"

@@ -34,8 +34,11 @@ _CALLS = frozenset({*_HOOKS, "forward", "_compiled_call_impl"})
 
 
 _OWN = frozenset(
-    {"_bindings", "_dtype", "_fast", "_held", "_layer", "_row_bits", "_server", "_statics", "_unbound", "_watch"}
-)
+    {
+        "_bindings", "_device", "_dtype", "_fast", "_held", "_layer", "_row_bits", "_server", "_statics",
+        "_unbound", "_watch",
+    }
+)  # fmt: skip
 """Attributes of a prepared layer that neither copy nor travel."""
 
 
@@ -147,6 +150,7 @@ class PreparedModule(nn.Module):
                 return
             self._watch = Watch(weight, bias)  # before binding: a write that comes between is then noticed
             self._dtype, self._row_bits = weight.dtype, self.row_bytes() | MAX_ALIGNMENT
+            self._device = weight.device.type
             with torch.inference_mode(False), torch.no_grad():
                 held = (_on_cache_line(weight), None if bias is None else _on_cache_line(bias))
             self._held = held
@@ -162,21 +166,23 @@ class PreparedModule(nn.Module):
         traced.remember(self, weight, bias)
 
     def hold(self, generation: Generation) -> None:
-        """Bind the parameters to a generation's kernels, whether it serves yet or not."""
-        if self._watch is None:
+        """Bind the parameters to a generation's kernels, whether it serves yet or not; not to one for another kind
+        of device."""
+        if self._watch is None or self._device != generation.device:
             return
         # Not of the parameters as they are now: a functional call in another thread lends the layer others.
         weight, bias = self._held
         question, fused = self.question(weight, bias), self.fused_question(weight, bias)
         # What is bound here serves every mode: grad and inference mode, with and without autocast.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device, enabled=False):
             binding = Binding(
                 None if question is None else self._dispatch(generation, question),
                 None if fused is None else self._dispatch(generation, fused),
             )
+        _wait_for(weight)
         self._bindings = {**self._bindings, generation.serial: binding}
         if self._layer is not None and all(dispatch.native is not None for dispatch in binding.dispatches):
-            self._layer.hold(generation.serial, self._compiled(binding, self._watch, weight.shape[0]))
+            self._layer.hold(generation.serial, self._compiled(binding, self._watch, weight))
 
     def release(self, generation: Generation) -> None:
         """Forget what was bound to a generation."""
@@ -192,14 +198,15 @@ class PreparedModule(nn.Module):
 
         return Dispatch(self._server.runtime, plan, bind, is_framework=self.function is not None)
 
-    def _compiled(self, binding: Binding, watch: Watch, out: int) -> Any:
+    def _compiled(self, binding: Binding, watch: Watch, weight: torch.Tensor) -> Any:
         assert native.module is not None
         plans = [None if d is None else d.native for d in (binding.dispatch, binding.fused)]
         return native.module.Binding(
             *plans,
             native.CODES[self._dtype],
+            native.place(weight),
             self.features,
-            out,
+            weight.shape[0],
             self._row_bits,
             self.function,
             binding.failed,
@@ -263,7 +270,7 @@ class PreparedModule(nn.Module):
         if is_compiling():
             reason: str | None = "compiling"
         elif binding is None:
-            reason = self._unbound or "unbound"
+            reason = self._why_unbound()
         else:
             reason = self._objection(input, residual)
             if reason is None:
@@ -281,10 +288,17 @@ class PreparedModule(nn.Module):
         self._server.runtime.counters.add(self._server.op, str(reason))
         return self.framework(*given)
 
+    def _why_unbound(self) -> str:
+        """Why nothing of the generation that serves is bound."""
+        generation = self._server.runtime.generation
+        if self._unbound is None and self._device != generation.device:
+            return "device"
+        return self._unbound or generation.blocked or "unbound"
+
     def _objection(self, x: torch.Tensor, residual: torch.Tensor | None) -> str | None:
         """Why the framework must serve these inputs, or None."""
         weight, bias = self._tensors()
-        reason = objection(x, self._dtype)
+        reason = objection(x, self._dtype, self._device, self._held[0])
         if reason is not None:
             return reason
         if grad_enabled() and wants_gradient(x, weight, bias):
@@ -313,7 +327,7 @@ class PreparedModule(nn.Module):
         """What is bound, in a line."""
         binding = self.binding
         if binding is None:
-            return f"the framework's own kernel ({self._unbound})"
+            return f"the framework's own kernel ({self._why_unbound()})"
         dispatch = binding.dispatches[0]
         packed = dispatch.plan.form_bytes() / 2**20
         return f"{self.extra_repr()}: {', '.join(sorted(dispatch.kernels))} ({packed:.1f} MiB packed)"
@@ -353,14 +367,23 @@ class PreparedModule(nn.Module):
         return {k: v.copy() if isinstance(v, dict) else v for k, v in kept.items()}
 
 
+def parameter_note(device: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str | None:
+    """Why a table for this kind of device could not serve a layer with these parameters, or None."""
+    why = parameter_objection(weight, bias)
+    if why is None and weight.device.type != device:
+        return f"device: its parameters are on {weight.device.type}, not {device}"
+    return why
+
+
 def parameter_objection(weight: torch.Tensor | None, bias: torch.Tensor | None = None) -> str | None:
     """Why no table could serve a layer with these parameters (dtype, device, subclass, shape), or None."""
     if weight is None:
         return "weight_changed"
     if weight.dtype not in DTYPE_NAMES:
         return "dtype"
+    device = "cuda" if weight.is_cuda else "cpu"
     for t in (weight, bias):
-        if t is not None and (reason := tensor_objection(t, weight.dtype)):
+        if t is not None and (reason := tensor_objection(t, weight.dtype, device, weight)):
             return reason
     if 0 in weight.shape:
         return "zero_sized"
@@ -369,6 +392,12 @@ def parameter_objection(weight: torch.Tensor | None, bias: torch.Tensor | None =
 
 def _as_parameter(t: torch.Tensor | None) -> nn.Parameter | None:
     return t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=t.requires_grad)
+
+
+def _wait_for(t: torch.Tensor) -> None:
+    """Until what was packed on a GPU is there: another thread may serve from it on another stream at once."""
+    if t.is_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(t.device).synchronize()
 
 
 def _on_cache_line(t: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ REASONS: Mapping[str, str] = {
     "misaligned": "a pointer or row stride is less aligned than the chosen kernel needs",
     "unknown_shape": "the table has no entry for these traits and static dims",
     "refused": "the whole table is refused: it is damaged, or was measured elsewhere",
+    "forked": "a table of a GPU in a process that was forked since it was loaded: CUDA does not survive that",
     # The chosen kernel did not serve.
     "declined": "the chosen kernel does not compute these values; it serves the next call again",
     "kernel_failed": "the chosen kernel could not be bound or launched; after a few times it is switched off",
@@ -33,7 +34,7 @@ REASONS: Mapping[str, str] = {
     "compiling": "torch.compile or torch.export reads the call; counted once a trace",
     "subclass": "an argument is no plain tensor",
     "dtype": "a dtype that no kernel takes, or arguments of different ones",
-    "device": "a tensor that is not on the CPU",
+    "device": "a tensor that is not on the kind of device the table is for, or not on that of the others",
     "layout": "a sparse, nested or negated tensor, or one without memory",
     "strides": "a tensor that is not contiguous where kernels need it to be",
     "shape": "shapes that the operator's kernels do not take, such as ones to broadcast",

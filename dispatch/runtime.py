@@ -8,6 +8,7 @@ compiles or times.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import warnings
@@ -22,6 +23,7 @@ import torch
 
 from dks.dispatch import misses, native, pool, ranks, traced
 from dks.dispatch.choice import Choice
+from dks.dispatch.errors import BadInput
 from dks.dispatch.explain import Known, explain
 from dks.dispatch.generation import Generation
 from dks.dispatch.problem import MAX_ALIGNMENT, Candidate
@@ -67,6 +69,22 @@ class Report:
         return "\n".join(lines)
 
 
+FORKED = (
+    "this process was forked from one that had loaded a table for GPUs, and CUDA does not survive a fork; expected "
+    "to load it in the process that serves: fork before, or start processes by spawn"
+)
+
+_alive: WeakSet[Runtime] = WeakSet()
+
+
+def _after_fork() -> None:
+    """In a forked child, the framework serves where a table for GPUs did."""
+    for runtime in list(_alive):
+        runtime.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
 FAILURES = 3
 """Launches of a kernel that may fail before it is switched off, for a layer or a kind of functional calls."""
 
@@ -104,6 +122,7 @@ class Runtime:
         self._servers = {op: operator.server(self) for op, operator in pool.operators().items()}
         self._serve(generation)
         traced.enroll(self)
+        _alive.add(self)
 
     def server(self, op: str) -> Any:
         """The object that serves one operator. Raises KeyError with the names there are."""
@@ -115,6 +134,16 @@ class Runtime:
         self.generation = generation
         if self.serial is not None:
             self.serial.set(generation.serial)
+
+    def forked(self) -> None:
+        """Let the framework serve from now on, if the table is for GPUs: called in the child of a fork. Takes no
+        lock, since a thread that is not there any more may hold it, and binds nothing."""
+        now = self.generation
+        if now.device != "cpu" and now.refused is None:
+            self._previous = None
+            generation = Generation(refused=FORKED, origin=now.origin, device=now.device)
+            generation.blocked = "forked"
+            self._serve(generation)
 
     @property
     def held(self) -> tuple[Generation, ...]:
@@ -132,14 +161,20 @@ class Runtime:
             A line on what serves now.
 
         Raises:
-            BadInput: the package is damaged, not to be trusted, of another machine, or (in strict mode) can't
-                be served without a search. What served before serves on.
+            BadInput: the package is damaged, not to be trusted, of another machine or kind of device, or (in
+                strict mode) can't be served without a search. What served before serves on.
         """
         if self._open is None:
             raise RuntimeError(f"{self.name}: this runtime was made by hand, there is nothing to load with")
         start = time.perf_counter()
         generation = self._open(Path(path))
         with self.lock:
+            # A call that took its tensors for those of the one could else reach kernels of the other.
+            if self.generation.refused is None and generation.device != self.generation.device:
+                raise BadInput(
+                    f"{path}: found a table for {generation.device}, expected one for {self.generation.device} as "
+                    "the one that serves: import it as a package of its own"
+                )
             count = self._bind(generation)
             dropped, self._previous = self._previous, self.generation
             self._serve(generation)
@@ -230,7 +265,7 @@ class Runtime:
             ValueError: a dim is missing, or a name or value is none of the operator's.
         """
         now = self.generation
-        known = Known(now.table, now.refused, now.dead, self.failures, now.evidence)
+        known = Known(now.table, now.refused, now.dead, self.failures, now.evidence, now.device)
         return explain(op, asked, align, known)
 
     def export_misses(self, path: str | Path) -> int:
@@ -242,8 +277,9 @@ class Runtime:
         Raises:
             OSError: ``path`` can't be written; what was there is intact.
         """
-        sweep = misses.plan(self.misses.snapshot(), self.generation.table, self.misses.others)
-        return misses.export(Path(path), sweep, self.name)
+        now = self.generation
+        sweep = misses.plan(self.misses.snapshot(), now.table, self.misses.others)
+        return misses.export(Path(path), sweep, self.name, now.device)
 
     def stats(self) -> dict[str, Any]:
         """Hits, misses and fallbacks since the import; ``reasons`` has every name in a sentence.

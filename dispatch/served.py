@@ -25,6 +25,9 @@ from dks.dispatch.table import Match
 _Output = TypeVar("_Output", bound=Output)
 
 NEAREST = int(Match.NEAREST)  # an enum's own comparison takes ten times as long
+UNMEASURABLE = frozenset({"refused", "forked"})
+"""Reasons to miss that no sweep would change."""
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -127,7 +130,7 @@ class Dispatch:
         args: tuple[Any, ...],
     ) -> _Output:
         self._counters.add(self._op, reason)
-        if reason != "refused":
+        if reason not in UNMEASURABLE:
             self._note(sizes, align, reason)
         return framework(*args)
 
@@ -173,6 +176,11 @@ class Server:
         """Count one call that never reached the table."""
         self.runtime.counters.add(self.op, outcome)
 
+    @property
+    def device(self) -> str:
+        """The kind of device that the table is for, ``cpu`` or ``cuda``."""
+        return self.runtime.generation.device
+
     def plan(self, question: Question) -> Plan:
         """The plan of the generation that serves now."""
         return self.runtime.generation.plan(*question)
@@ -213,23 +221,28 @@ class Server:
         return found
 
 
-def tensors_objection(x: object, *constants: torch.Tensor | None) -> str | None:
-    """Why the framework must serve a functional call on these tensors, the activations first, or None."""
+def tensors_objection(device: str, x: object, *constants: torch.Tensor | None) -> str | None:
+    """Why the framework must serve a functional call on these tensors, the activations first, or None.
+
+    Args:
+        device: kind of device that the table is for; all must be on the same one of them.
+    """
     if not isinstance(x, torch.Tensor):
         return "subclass"
     if x.dtype not in DTYPE_NAMES:
         return "dtype"
-    if (reason := objection(x, x.dtype)) is not None:
+    if (reason := objection(x, x.dtype, device)) is not None:
         return reason
     for t in constants:
-        if t is not None and (reason := tensor_objection(t, x.dtype)) is not None:
+        if t is not None and (reason := tensor_objection(t, x.dtype, device, x)) is not None:
             return reason
     return "gradient" if grad_enabled() and wants_gradient(x, *constants) else None
 
 
 def residual_objection(residual: torch.Tensor, x: torch.Tensor, n: int) -> str | None:
     """Why the framework must add ``residual`` to an output (..., n) of ``x``, to which nothing objects; or None."""
-    if (reason := tensor_objection(residual, x.dtype)) is not None:
+    device = "cpu" if x.is_cpu else "cuda"
+    if (reason := tensor_objection(residual, x.dtype, device, x)) is not None:
         return reason
     if grad_enabled() and wants_gradient(residual):
         return "gradient"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NAMESPACE = "dks"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda")
 
 _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _runtimes: WeakValueDictionary[str, Runtime] = WeakValueDictionary()
@@ -76,31 +77,33 @@ def wanted(reason: str) -> bool:
 
 
 def takes(x: Any, *others: Any) -> bool:
-    """Whether a traced call on these (tensors or None) is plain: on a CPU, of one dtype that tables hold, and
-    neither autograd nor autocast is to see it. What is not is traced as the framework's own operator.
+    """Whether a traced call on these (tensors or None) is plain: on one CPU or GPU, of one dtype that tables hold,
+    and neither autograd nor autocast is to see it. What is not is traced as the framework's own operator.
 
     ``torch.compile`` reads this code: every answer is guarded, so a graph runs where it holds.
     """
-    if torch.is_autocast_enabled("cpu") or not isinstance(x, _Tensor) or x.dtype not in DTYPES:
+    if not isinstance(x, _Tensor) or x.dtype not in DTYPES or x.device.type not in DEVICES:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
         return False
     grad = torch.is_grad_enabled()
     for t in (x, *others):
         if t is None:
             continue
-        if not _is_plain(t) or t.dtype != x.dtype or (grad and t.requires_grad):
+        if not _is_plain(t, x.device) or t.dtype != x.dtype or (grad and t.requires_grad):
             return False
     return True
 
 
-def on_cpu(*tensors: torch.Tensor | None) -> bool:
-    """``takes`` for tensors of whatever dtype that autograd never follows: masks and indices."""
-    return all(t is None or _is_plain(t) for t in tensors)
+def lie_beside(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
+    """``takes`` for tensors of whatever dtype that autograd never follows, masks and indices, beside ``x``."""
+    return all(t is None or _is_plain(t, x.device) for t in tensors)
 
 
-def _is_plain(t: Any) -> bool:
+def _is_plain(t: Any, device: torch.device) -> bool:
     if type(t) is not _Tensor and type(t) is not _Parameter and (is_compiling() or not _is_fake(t)):
         return False
-    return t.device.type == "cpu" and t.layout is _strided and not t.is_nested
+    return t.device == device and t.layout is _strided and not t.is_nested
 
 
 def _is_fake(t: Any) -> bool:

@@ -13,7 +13,8 @@ class Watch:
     """Notices that one of a layer's parameters was written to or replaced.
 
     A write that hides from the version counter (through ``.data``, a fused optimizer, numpy) is noticed if it
-    changes one of the few bytes that are sampled across the tensor.
+    changes one of the few bytes that are sampled across the tensor. Those of a tensor on a GPU can't be read here:
+    there such a write goes unnoticed, and kernels that packed the weight serve what it was until ``refresh``.
     """
 
     __slots__ = ("_bias", "_places", "_sampled", "_seen", "_storages", "_weight", "_windows")
@@ -24,7 +25,7 @@ class Watch:
         # Held, so that no other tensor can come to lie at these addresses, and the samples stay readable.
         self._storages = [t.untyped_storage() for t in tensors]
         self._seen = [(t, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-        self._places = [place for t in tensors for place in _places(t)]
+        self._places = [place for t in tensors if t.is_cpu for place in _places(t)]
         self._windows = [_memory(*place) for place in self._places]
         self._sampled = b"".join(self._windows)
 

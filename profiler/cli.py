@@ -279,13 +279,16 @@ def doctor() -> int:
     click.echo(f"{'compiler':>10}: {' '.join(command) or f'{lack}: generated kernels can not be measured'}")
     click.echo(f"{'compiled':>10}: kept in {build.cache()}")
     table = Table(title="kernels")
-    for column in ("operator", "kernel", "precision", "weight form", "here"):
+    for column in ("operator", "kernel", "precision", "weight form", "device", "here"):
         table.add_column(column)
     for op in pool.operators():
         for kernel in pool.kernels_for(op):
             classes = ", ".join(f"{dtype}: {p.value}" for dtype, p in kernel.precision.items())
-            why = kernel.unavailable()
-            table.add_row(op, kernel.id, classes, kernel.form or "-", "yes" if why is None else f"no: {why}")
+            devices = [device for device in ("cpu", "cuda") if kernel.runs_on(device)]
+            here = "cpu" in devices or gpus
+            why = kernel.unavailable() if here else "it is for GPUs, and PyTorch sees none"
+            answer = "yes" if why is None else f"no: {why}"
+            table.add_row(op, kernel.id, classes, kernel.form or "-", " ".join(devices), answer)
     command_line.print_table(table)
     return 0
 

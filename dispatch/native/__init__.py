@@ -86,8 +86,18 @@ def _given(exchange: object) -> dict[str, object]:
         "declined": Declined,
         "bytes": torch.uint8,
         "special": probes.special(),
+        "autocast": probes.autocast(),
         "gradients": probes.gradients(),
     }
+
+
+DEVICES = {"cpu": 1, "cuda": 2}
+"""DLPack's number of each kind of device that tables are for."""
+
+
+def place(t: torch.Tensor) -> tuple[int, int]:
+    """DLPack's (kind, index) of the device that a tensor of a CPU or GPU is on."""
+    return DEVICES[t.device.type], t.device.index or 0
 
 
 CODES = {torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16)}

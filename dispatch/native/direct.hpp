@@ -1,6 +1,6 @@
 // A call without preparation, linear(x, weight, bias): the compiled form of dks.dispatch.ops.linear.serve.
 //
-//   Direct(framework)            framework: (x, weight, bias) -> y
+//   Direct(framework, kind)      framework: (x, weight, bias) -> y; kind: of device, DLPack's number
 //   direct.add(dtype, has_bias, n, k, plan, failed)
 //   direct.call(x, weight, bias or None) -> y, or NotImplemented where Python must decide
 //   direct.choose(x, weight, bias or None) -> the lookup's number; NotImplemented likewise
@@ -35,6 +35,7 @@ struct Direct {
   };
 
   Ref framework;
+  std::int32_t kind = 0;
   std::vector<Slot> slots = std::vector<Slot>(16);  // a power of two, at most half of them taken
   std::size_t taken = 0;
 
@@ -50,10 +51,12 @@ struct Direct {
 
   static PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
     PyObject* framework;
-    if (!PyArg_ParseTuple(args, "O", &framework)) return nullptr;
+    int kind;
+    if (!PyArg_ParseTuple(args, "Oi", &framework, &kind)) return nullptr;
     auto* state = new (std::nothrow) Direct;
     if (state == nullptr) return PyErr_NoMemory();
     state->framework = Ref::share(framework);
+    state->kind = kind;
     return Object<Direct>::make(type, state);
   }
 
@@ -90,7 +93,7 @@ struct Direct {
   static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     const Direct& direct = Object<Direct>::of(self);
     Found found;
-    if (!thread.plain() || !direct.look(args, count, found) || found.code < 0 || nearest(found.code))
+    if (!thread.plain(direct.kind) || !direct.look(args, count, found) || found.code < 0 || nearest(found.code))
       Py_RETURN_NOTIMPLEMENTED;
     PyObject *x = args[0], *weight = args[1], *bias = args[2];
     const Ref plan_object = Ref::share(found.slot->plan_object.get());
@@ -142,13 +145,14 @@ struct Direct {
     View x, weight, bias;
     if (count != 3 || !x.read(args[0]) || !weight.read(args[1])) return false;
     const bool has_bias = args[2] != Py_None;
-    if (x.ndim < 1 || weight.ndim != 2 || !weight.is(x.dtype)) return false;
+    if (x.ndim < 1 || weight.ndim != 2 || !weight.is(x.dtype) || x.device.type != kind) return false;
     const std::int64_t n = weight.shape[0], k = weight.shape[1];
-    const std::int64_t elements = x.packed();
-    if (elements < 0 || k < 1 || x.shape[x.ndim - 1] != k || weight.packed() < 0) return false;
+    const std::int64_t elements = x.packed(x.device);
+    if (elements < 0 || k < 1 || x.shape[x.ndim - 1] != k || weight.packed(x.device) < 0) return false;
     std::uint64_t bits = bits_of(x) | bits_of(weight);
     if (has_bias) {
-      if (!bias.read(args[2]) || !bias.is(x.dtype) || bias.ndim != 1 || bias.shape[0] != n || bias.packed() < 0)
+      if (!bias.read(args[2]) || !bias.is(x.dtype) || bias.ndim != 1 || bias.shape[0] != n ||
+          bias.packed(x.device) < 0)
         return false;
       bits |= bits_of(bias);
     }

@@ -1,8 +1,9 @@
 // The call of a prepared layer: the compiled form of dks.dispatch.prepared.PreparedModule.forward.
 //
 //   Serial()                the number of the generation that serves: get(), set(number)
-//   Binding(plan, fused, dtype, features, out, row_bits, framework, failed, watch)
-//     plan: of calls without a residual, fused: of calls with one, either may be None; framework: (x, weight, bias) -> y, or None;
+//   Binding(plan, fused, dtype, device, features, out, row_bits, framework, failed, watch)
+//     plan: of calls without a residual, fused: of calls with one, either may be None; device: (kind, index), DLPack's
+//     numbers, where the parameters are; framework: (x, weight, bias) -> y, or None;
 //     failed: (rule, error, layer, *given) -> y; watch: what dks.dispatch.watch.Watch.told() gives.
 //   Layer(serial, parameters, hooks, slow)
 //     hooks: the dicts of a module's hooks and of all modules'; slow: the Python form, (layer, x[, residual]) -> y
@@ -117,6 +118,7 @@ struct Binding {
   Plan* plan = nullptr;
   Plan* fused = nullptr;
   dlpack::DataType dtype{};
+  dlpack::Device device{};
   std::int64_t features = 0, out = 0;
   std::uint64_t row_bits = 0;
   Watch watch;
@@ -137,8 +139,9 @@ struct Binding {
     int code, bits;
     long long features, out;
     unsigned long long row_bits;
-    if (!PyArg_ParseTuple(args, "OO(ii)LLKOOO", &plan, &fused, &code, &bits, &features, &out, &row_bits, &framework,
-                          &failed, &told))
+    dlpack::Device device{};
+    if (!PyArg_ParseTuple(args, "OO(ii)(ii)LLKOOO", &plan, &fused, &code, &bits, &device.type, &device.index, &features,
+                          &out, &row_bits, &framework, &failed, &told))
       return nullptr;
     for (PyObject* given : {plan, fused}) {
       if (features >= 1 && (given == Py_None || (Py_TYPE(given) == Plan::type && Object<Plan>::of(given).axes.size() == 1)))
@@ -157,6 +160,7 @@ struct Binding {
       state->fused = &Object<Plan>::of(fused);
     }
     state->dtype = {static_cast<std::uint8_t>(code), static_cast<std::uint8_t>(bits), 1};
+    state->device = device;
     state->features = features;
     state->out = out;
     state->row_bits = row_bits;
@@ -267,17 +271,18 @@ struct Layer {
 
   PyObject* serve(PyObject* module, PyObject* x_object, PyObject* r_object, bool& served) const {
     const Ref held = Ref::share(binding());
-    if (!held || hooked() || !thread.plain()) return nullptr;
+    if (!held || hooked()) return nullptr;
     const Binding& bound = Object<Binding>::of(held.get());
+    if (!thread.plain(bound.device.type)) return nullptr;
     const Plan* plan = r_object == nullptr ? bound.plan : bound.fused;
     View x, residual;
     if (plan == nullptr || !x.read(x_object) || !x.is(bound.dtype)) return nullptr;
     if (x.ndim < 1 || x.shape[x.ndim - 1] != bound.features) return nullptr;
-    const std::int64_t elements = x.packed();
+    const std::int64_t elements = x.packed(bound.device);
     if (elements < 0) return nullptr;
     std::uint64_t bits = bound.row_bits | reinterpret_cast<std::uintptr_t>(x.address());
     if (r_object != nullptr) {
-      if (!residual.read(r_object) || !residual.is(bound.dtype) || residual.packed() < 0 ||
+      if (!residual.read(r_object) || !residual.is(bound.dtype) || residual.packed(bound.device) < 0 ||
           !residual.same_rows(x, bound.out))
         return nullptr;
       bits |= reinterpret_cast<std::uintptr_t>(residual.address());

@@ -94,6 +94,18 @@ bool parse_probe(PyObject* given, Probe& probe) {
   return true;
 }
 
+bool parse_probes(PyObject* given, std::vector<Probe>& probes) {
+  if (!PyTuple_Check(given)) {
+    PyErr_SetString(PyExc_TypeError, "setup: expected a tuple of probes");
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_Size(given); ++i) {
+    probes.emplace_back();
+    if (!parse_probe(PyTuple_GetItem(given, i), probes.back())) return false;
+  }
+  return true;
+}
+
 PyObject* setup(PyObject*, PyObject* given) {
   if (!PyDict_Check(given)) {
     PyErr_SetString(PyExc_TypeError, "setup: expected a dict");
@@ -122,12 +134,15 @@ PyObject* setup(PyObject*, PyObject* given) {
   made.bytes = keep(given, "bytes");
   made.requires_grad = PyUnicode_InternFromString("requires_grad");
   made.version = PyUnicode_InternFromString("_version");
-  const Ref probes = Ref::take(keep(given, "special")), gradients = Ref::take(keep(given, "gradients"));
+  const Ref special = Ref::take(keep(given, "special")), autocast = Ref::take(keep(given, "autocast"));
+  const Ref gradients = Ref::take(keep(given, "gradients"));
   if (PyErr_Occurred() != nullptr) return nullptr;
-  if (!PyTuple_Check(probes.get()) || !parse_probe(gradients.get(), threads.gradients)) return nullptr;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(probes.get()); ++i) {
-    threads.special.emplace_back();
-    if (!parse_probe(PyTuple_GetItem(probes.get(), i), threads.special.back())) return nullptr;
+  if (!parse_probes(special.get(), threads.special) || !parse_probes(autocast.get(), threads.autocast) ||
+      !parse_probe(gradients.get(), threads.gradients))
+    return nullptr;
+  if (threads.autocast.size() != 2) {
+    PyErr_SetString(PyExc_ValueError, "setup: expected two probes of autocast");
+    return nullptr;
   }
   torch = made;
   thread = std::move(threads);

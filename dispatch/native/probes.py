@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,6 +66,16 @@ def _key_on(name: str) -> Iterator[None]:
         torch._C._dispatch_tls_set_dispatch_key_included(name, False)
 
 
+@contextmanager
+def _autocast_on(device: str) -> Iterator[None]:
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, True)  # torch.autocast does nothing for a GPU that is not there
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before)
+
+
 def _key(name: str) -> int:
     return int(torch._C._parse_dispatch_key(name))  # type: ignore[call-overload, no-any-return]
 
@@ -86,10 +97,17 @@ def _questions() -> list[Question]:
             lambda: _key_on(functorch), lambda: torch._C._functorch.maybe_current_level() is not None,
         ),
         Question("libc10.so", included, False, _key("Tracer"), lambda: _key_on("Tracer"), torch._C._is_tracing),
+    ]  # fmt: skip
+
+
+def _autocasts() -> list[Question]:
+    symbol = "_ZN2at8autocast19is_autocast_enabledEN3c1010DeviceTypeE"
+    return [
         Question(
-            "libtorch_cpu.so", "_ZN2at8autocast19is_autocast_enabledEN3c1010DeviceTypeE", False, 0,
-            lambda: torch.autocast("cpu"), torch._C._is_any_autocast_enabled,
-        ),
+            "libtorch_cpu.so", symbol, False, number,
+            partial(_autocast_on, device), partial(torch.is_autocast_enabled, device),
+        )
+        for device, number in (("cpu", 0), ("cuda", 1))  # c10::DeviceType
     ]  # fmt: skip
 
 
@@ -105,6 +123,11 @@ def special() -> tuple[Probe, ...]:
     return (*(_probe(question) for question in _questions()), level)
 
 
+def autocast() -> tuple[Probe, ...]:
+    """The probes that answer whether autocast is on, for a CPU and for a GPU."""
+    return tuple(_probe(question) for question in _autocasts())
+
+
 def gradients() -> Probe:
     """The probe that answers whether autograd records."""
     return _probe(_gradients())
@@ -112,7 +135,7 @@ def gradients() -> Probe:
 
 def unproved() -> list[str]:
     """Symbols of the switches that are asked through Python here."""
-    return [q.symbol for q in (*_questions(), _gradients()) if _probe(q)[0] == _CALLABLE]
+    return [q.symbol for q in (*_questions(), *_autocasts(), _gradients()) if _probe(q)[0] == _CALLABLE]
 
 
 def _probe(question: Question) -> Probe:

@@ -15,6 +15,8 @@ namespace dlpack {
 
 struct Device {
   std::int32_t type, index;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
 };
 
 struct DataType {
@@ -46,7 +48,7 @@ struct Exchange {
   int (*stream)(std::int32_t device_type, std::int32_t device, void** out);
 };
 
-inline constexpr std::int32_t cpu = 1;
+inline constexpr Device cpu = {1, 0};
 inline constexpr std::uint32_t version = 1;
 
 }  // namespace dlpack
@@ -96,15 +98,16 @@ struct View : dlpack::Tensor {
     return true;
   }
 
-  // Number of elements if they lie on a CPU, row by row with nothing between; -1 otherwise. A tensor of zeros
-  // that autograd made has no memory, and is none; one without elements needs none.
-  std::int64_t packed() const {
+  // Number of elements if they lie on that very device, row by row with nothing between; -1 otherwise. A tensor
+  // of zeros that autograd made has no memory, and is none; one without elements needs none. The address of what
+  // lies on a GPU is compared and handed on, never read here.
+  std::int64_t packed(dlpack::Device where = dlpack::cpu) const {
     std::int64_t count = 1;
     for (std::int32_t dim = ndim - 1; dim >= 0; --dim) {
       if (shape[dim] != 1 && strides[dim] != count) return -1;
       count *= shape[dim];
     }
-    return device.type == dlpack::cpu && (data != nullptr || count == 0) ? count : -1;
+    return device == where && (data != nullptr || count == 0) ? count : -1;
   }
 
   // Whether this has the same leading dims as `other`, and a last one of `last`.

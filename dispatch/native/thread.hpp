@@ -44,13 +44,15 @@ struct Probe {
 };
 
 struct Thread {
-  std::vector<Probe> special;  // each true where the framework must serve
-  Probe gradients;             // whether autograd records
+  std::vector<Probe> special;   // each true where the framework must serve
+  std::vector<Probe> autocast;  // whether it is on for CPUs, for GPUs
+  Probe gradients;              // whether autograd records
 
-  bool plain() const {
+  // For tensors on such a device; `kind` as DLPack numbers it: 1 or 2.
+  bool plain(std::int32_t kind) const {
     for (const Probe& probe : special)
       if (probe()) return false;
-    return true;
+    return !autocast[kind == 1 ? 0 : 1]();
   }
 };
 

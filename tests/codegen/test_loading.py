@@ -25,8 +25,18 @@ from dks.dispatch import pool
 from dks.dispatch.environment import UNKNOWN, Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.kernel import Kernel
-from dks.dispatch.loader import import_package
-from dks.dispatch.manifest import MANIFEST, Manifest, examine, intact, misfits, read_manifest, seal, table_hash
+from dks.dispatch.loader import import_package, open_generation
+from dks.dispatch.manifest import (
+    MANIFEST,
+    Manifest,
+    device_of,
+    examine,
+    intact,
+    misfits,
+    read_manifest,
+    seal,
+    table_hash,
+)
 from dks.dispatch.strict import needs
 from dks.dispatch.table import Table
 from dks.dispatch.tiles import library
@@ -86,6 +96,33 @@ def test_each_field_of_the_environment_is_refused_by_name(folder: Path, name: st
 def test_a_field_that_differs_refuses_the_import(folder: Path) -> None:
     reseal(folder, lambda data: data["environment"].update(libraries="mkl-1"))  # type: ignore[attr-defined]
     refused("libraries: mkl-1 != ")
+
+
+def test_a_table_of_gpus_is_refused_where_there_is_none_and_keeps_its_device(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that calls with tensors on a GPU are counted as refused, and others as on another device."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    reseal(folder, lambda data: data["environment"].update(device="cuda"))  # type: ignore[attr-defined]
+    assert device_of(folder) == "cuda"
+    with pytest.warns(RuntimeWarning, match="PyTorch sees no NVIDIA GPU"):
+        package = importlib.import_module("load_me")
+    package.linear(torch.randn(2, 32), torch.randn(64, 32))
+    assert package.stats()["ops"]["linear"]["fallbacks"] == {"device": 1}
+    (folder / MANIFEST).unlink()
+    assert device_of(folder) == "cpu"
+
+
+def test_a_table_of_gpus_serves_them_and_none_of_a_cpus_kernels(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reseal(folder, lambda data: data["environment"].update(device="cuda"))  # type: ignore[attr-defined]
+    measured = read_manifest(folder).environment
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(Environment, "current", lambda _: measured)
+    generation = open_generation(folder)
+    assert generation.device == "cuda" and generation.refused is None
+    assert set(generation.dead.values()) == {"it is no kernel for cuda"}
 
 
 @pytest.mark.parametrize(

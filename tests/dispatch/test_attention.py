@@ -237,6 +237,15 @@ def test_bert(transformers: Any, dispatching: Any, masked: bool) -> None:
     assert dispatching.optimize(ours).swapped == 0, "a second time changes nothing"
 
 
+def test_a_model_on_another_device_than_the_tables_keeps_its_attention(transformers: Any, route: Any) -> None:
+    model = bert(transformers)
+    swaps = route("attention", (CAST,), SHAPES, device="cuda").optimize(model).swaps
+    (swap,) = (swap for swap in swaps if swap.op == "attention")
+    assert not swap.done and swap.note == "device: its parameters are on cpu, not cuda"
+    assert model.config._attn_implementation == "sdpa"
+    assert route("attention", (CAST,), SHAPES).optimize(model.to("meta")).swapped == 1, "its weights come later"
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()

@@ -51,7 +51,7 @@ class AttentionServer(Server):
                 q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
 
-        reason = "compiling" if is_compiling() else _objection(q, k, v, attn_mask, dropout_p)
+        reason = "compiling" if is_compiling() else _objection(self.device, q, k, v, attn_mask, dropout_p)
         if reason is None and is_causal and attn_mask is not None:
             reason = "mask"  # the framework takes one or the other
         if reason is None and not enable_gqa and q.shape[1] != k.shape[1]:
@@ -118,8 +118,12 @@ class AttentionServer(Server):
         ]
         if not plans:
             return [Swap(path, self.op, False, f"{heads} heads are not in the table")]
-        if not any(plan.changes_anything for plan in plans):
-            return [Swap(path, self.op, False, "the framework's own kernel is the choice everywhere")]
+        held = {parameter.device.type for parameter in model.parameters()}
+        elsewhere = held in ({"cpu"}, {"cuda"}) and held != {self.device}
+        if elsewhere or not any(plan.changes_anything for plan in plans):
+            usual = "the framework's own kernel is the choice everywhere"
+            note = f"device: its parameters are on {held.pop()}, not {self.device}" if elsewhere else usual
+            return [Swap(path, self.op, False, note)]
         _register(self, name)
         model.set_attn_implementation(name)
         if config._attn_implementation != name:
@@ -152,8 +156,9 @@ def _register(server: AttentionServer, name: str) -> None:
 
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
-        reason = "compiling" if is_compiling() else _objection(query, key, value, attention_mask, dropout)
-        traces = reason is not None and wanted(reason) and fits(query, key, value, attention_mask, dropout)
+        given = (query, key, value, attention_mask, dropout)
+        reason = "compiling" if is_compiling() else _objection(server.device, *given)
+        traces = reason is not None and wanted(reason) and fits(*given)
         if reason is None or traces:
             # Caches, position biases and cropped prefills stay with the library that defines them.
             special = any(kwargs.get(name) is not None for name in ("cache", "position_bias", "softcap"))
@@ -175,18 +180,18 @@ def _register(server: AttentionServer, name: str) -> None:
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def _objection(q: Any, k: Any, v: Any, mask: Any, dropout: float) -> str | None:
+def _objection(device: str, q: Any, k: Any, v: Any, mask: Any, dropout: float) -> str | None:
     """Why the framework must serve these tensors, or None; what else a call asks for is the caller's part."""
     if dropout != 0.0:
         return "dropout"
     if mask is not None and not isinstance(mask, torch.Tensor):
         return "mask"
     float_mask = None if mask is None or mask.dtype == torch.bool else mask
-    reason = "subclass" if k is None or v is None else tensors_objection(q, k, v, float_mask)
+    reason = "subclass" if k is None or v is None else tensors_objection(device, q, k, v, float_mask)
     if reason is not None:
         return reason
-    if mask is not None and tensor_objection(mask, mask.dtype) is not None:
-        return "mask"
+    if mask is not None and (reason := tensor_objection(mask, mask.dtype, device, q)) is not None:
+        return "device" if reason == "device" else "mask"
     return _shape_objection(q, k, v)
 
 

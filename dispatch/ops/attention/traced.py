@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dks.dispatch.traced import define, on_cpu, takes
+from dks.dispatch.traced import define, lie_beside, takes
 
 
 def fits(q: Any, k: Any, v: Any, mask: Any, dropout: float) -> bool:
     """Whether a traced call on these belongs in the graph as ``ATTENTION``; see ``takes``."""
-    if dropout != 0.0 or not takes(q, k, v) or not on_cpu(mask):
+    if dropout != 0.0 or not takes(q, k, v) or not lie_beside(q, mask):
         return False
     if mask is not None and mask.dtype is not torch.bool and not takes(q, mask):
         return False

@@ -46,7 +46,7 @@ class LayerNormServer(NormServer):
         def framework(x: torch.Tensor, *constants: Any) -> torch.Tensor:
             return F.layer_norm(x, normalized_shape, *constants)
 
-        reason = "compiling" if is_compiling() else rows_objection(x, normalized_shape, weight, bias)
+        reason = "compiling" if is_compiling() else rows_objection(self.device, x, normalized_shape, weight, bias)
         if reason is None and (weight is None) != (bias is None):
             reason = "shape"
         if reason is not None:

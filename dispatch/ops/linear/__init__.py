@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned, draw_activations
+from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned, draw_activations, draw_normal
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
 from dks.dispatch.ops.linear.serve import LinearServer
 from dks.dispatch.problem import Problem, alignment
@@ -17,13 +17,13 @@ def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inpu
     """weight ~ N(0, 1/k), so that outputs have unit variance on normal data; x (m, k), residual (m, n)."""
     dtype = DTYPES[problem.trait("dtype")]
     m, n, k = (problem.dim(name) for name in ("m", "n", "k"))
-    weight = (torch.randn((n, k), generator=generator) / k**0.5).to(dtype)
+    weight = draw_normal((n, k), generator).div_(k**0.5).to(dtype)
     bias = torch.randn((n,), generator=generator).to(dtype) if problem.trait("bias") == "yes" else None
     x = draw_activations((m, k), generator, draw).to(dtype)  # last, so that the weight is the same for every m
     dynamic = [aligned(x, problem.align)]
     if problem.trait("epilogue") == "add":
         # Normal in every draw: outliers that no kernel quantises would hide what those of x cost.
-        residual = torch.randn((m, n), generator=generator).to(dtype)
+        residual = draw_normal((m, n), generator).to(dtype)
         dynamic.append(aligned(residual, problem.align))
     return Inputs(static=(weight, bias), dynamic=tuple(dynamic))
 

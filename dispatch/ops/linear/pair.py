@@ -10,17 +10,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dks.dispatch.ops.linear.epilogue import ACTIVATIONS
-from dks.dispatch.prepared import parameter_objection
+from dks.dispatch.prepared import parameter_note
 from dks.dispatch.swap import attachment_note, swap_note
 
 
-def linear_note(linear: nn.Linear) -> str | None:
-    """Why a linear must stay as it is, or None."""
-    note = swap_note(linear) or parameter_objection(linear.weight, linear.bias)
+def linear_note(linear: nn.Linear, device: str) -> str | None:
+    """Why a linear must stay as it is under a table for this kind of device, or None."""
+    note = swap_note(linear) or parameter_note(device, linear.weight, linear.bias)
     return note or ("shape" if linear.weight.dim() != 2 else None)
 
 
-def linear_then_activation(parent: nn.Module) -> tuple[str, nn.Linear, str, str] | None:
+def linear_then_activation(parent: nn.Module, device: str = "cpu") -> tuple[str, nn.Linear, str, str] | None:
     """(linear's name, linear, activation's name, epilogue) of a module that is one after the other, or None.
 
     Found by behaviour, not by name: the activation must equal one of ACTIVATIONS on a grid of values, and
@@ -31,13 +31,14 @@ def linear_then_activation(parent: nn.Module) -> tuple[str, nn.Linear, str, str]
     if len(held) != 2 or not _only_forwards(parent):
         return None
     (name, linear), (act_name, activation) = held
-    if type(linear) is not nn.Linear or linear_note(linear) is not None:
+    if type(linear) is not nn.Linear or linear_note(linear, device) is not None:
         return None
     if activation is None or attachment_note(activation) is not None or _holds_tensors(activation):
         return None
     modes = [(module, module.training) for module in parent.modules()]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        drawing = [linear.weight.device] if linear.weight.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices=drawing):
             epilogue = _epilogue_of(activation)
             is_pair = all(_equal(parent.train(mode), linear, activation) for mode in (True, False))
     except Exception:  # whatever a stranger's module raises on such input, it is then no such pair
@@ -79,8 +80,9 @@ def _epilogue_of(activation: nn.Module) -> str | None:
 
 def _equal(parent: nn.Module, linear: nn.Linear, activation: nn.Module) -> bool:
     """Whether ``parent`` calls just what the two in turn call, and returns what they return."""
-    k = linear.weight.shape[1]
-    x = torch.linspace(-1.0, 1.0, 2 * k, dtype=linear.weight.dtype, device="cpu").view(2, k)
+    weight = linear.weight
+    k = weight.shape[1]
+    x = torch.linspace(-1.0, 1.0, 2 * k, dtype=weight.dtype, device=weight.device).view(2, k)
     with _Calls() as of_parent:
         found = parent(x)
     with _Calls() as of_pair:

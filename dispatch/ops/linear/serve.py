@@ -68,7 +68,7 @@ class LinearServer(Server):
         def framework(*_: Any) -> torch.Tensor:
             return finish(F.linear(x, weight, bias), epilogue, residual)
 
-        reason = "compiling" if is_compiling() else _objection(x, weight, bias)
+        reason = "compiling" if is_compiling() else _objection(self.device, x, weight, bias)
         if reason is None and residual is not None:
             reason = residual_objection(residual, x, weight.shape[0])
         if reason is not None:
@@ -97,7 +97,10 @@ class LinearServer(Server):
         if dispatch.native is None or native.module is None:
             return
         problem = dispatch.plan.problem
-        fast = generation.fast.get(self.op) or generation.fast.setdefault(self.op, native.module.Direct(F.linear))
+        fast = generation.fast.get(self.op)
+        if fast is None:
+            made = native.module.Direct(F.linear, native.DEVICES[generation.device])
+            fast = generation.fast.setdefault(self.op, made)
 
         def failed(
             rule: int, error: Exception, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -155,7 +158,7 @@ class LinearServer(Server):
         return swaps
 
     def _swap_pair(self, path: str, parent: nn.Module) -> list[Swap]:
-        found = linear_then_activation(parent)
+        found = linear_then_activation(parent, self.device)
         if found is None:
             return []
         name, linear, activation, epilogue = found
@@ -177,7 +180,7 @@ class LinearServer(Server):
         linear: nn.Linear,
         made: dict[nn.Module, PreparedLinear],
     ) -> Swap:
-        note = linear_note(linear)
+        note = linear_note(linear, self.device)
         if note is not None:
             return Swap(where, self.op, False, note)
         layer = made.get(linear)
@@ -270,10 +273,10 @@ def _check_epilogue(epilogue: str, allowed: Collection[str]) -> None:
         raise ValueError(f"epilogue: found {epilogue!r}, expected one of {', '.join(allowed)}{also}")
 
 
-def _objection(x: Any, weight: Any, bias: Any) -> str | None:
+def _objection(device: str, x: Any, weight: Any, bias: Any) -> str | None:
     if not isinstance(weight, torch.Tensor):
         return "subclass"
-    if (reason := tensors_objection(x, weight, bias)) is not None:
+    if (reason := tensors_objection(device, x, weight, bias)) is not None:
         return reason
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         return "shape"

@@ -13,7 +13,7 @@ from dks.dispatch.ops.paged_attention.traced import PAGED_ATTENTION
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import DTYPE_NAMES, Question, Server, tensors_objection
-from dks.dispatch.traced import on_cpu, takes, wanted
+from dks.dispatch.traced import lie_beside, takes, wanted
 
 INTS = (torch.int32, torch.int64)
 
@@ -49,8 +49,11 @@ class PagedAttentionServer(Server):
         Raises:
             TypeError: an argument is no tensor, or block_table or lengths hold no int32 or int64.
             ValueError: shapes that do not fit each other, a length or a page that is not there. Under
-                function transforms and on other devices, values are not looked at; in a graph they are when
-                it runs.
+                function transforms and on a GPU, values are not looked at: that would wait for all that was
+                queued before. In a graph on a CPU they are when it runs.
+
+        A table is asked with the longest of the lengths; on a GPU, where that is not known here, with as many
+        keys as a row of ``block_table`` has room for.
         """
         if not _fit(q, k_cache, v_cache, block_table, lengths):
             raise _misfit(q, k_cache, v_cache, block_table, lengths)
@@ -59,11 +62,12 @@ class PagedAttentionServer(Server):
         if q.numel() == 0:
             self.count("zero_sized")
             return q.clone()
-        reason = _objection(q, k_cache, v_cache, block_table, lengths)
-        if reason is not None and wanted(reason) and takes(q, k_cache, v_cache) and on_cpu(block_table, lengths):
+        reason = _objection(self.device, q, k_cache, v_cache, block_table, lengths)
+        traces = reason is not None and wanted(reason) and takes(q, k_cache, v_cache)
+        if traces and lie_beside(q, block_table, lengths):
             y: torch.Tensor = PAGED_ATTENTION(q, k_cache, v_cache, block_table, lengths, scale, self.runtime.name)
             return y
-        readable = reason is None or _are_readable(block_table, lengths)
+        readable = _are_readable(block_table, lengths) if reason is not None else lengths.is_cpu
         room = (0, block_table.shape[1] * page)
         bounds = _check_values(k_cache, block_table, lengths) if readable else room
 
@@ -142,14 +146,16 @@ def _misfit(*args: Any) -> Exception:
     return ValueError(f"paged_attention: {said}")
 
 
-def _objection(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *ints: torch.Tensor) -> str | None:
+def _objection(
+    device: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *ints: torch.Tensor
+) -> str | None:
     """Why the framework must serve these tensors, or None."""
     if is_compiling():
         return "compiling"
-    if (reason := tensors_objection(q, k_cache, v_cache)) is not None:
+    if (reason := tensors_objection(device, q, k_cache, v_cache)) is not None:
         return reason
     for t in ints:
-        if (reason := tensor_objection(t, t.dtype)) is not None:
+        if (reason := tensor_objection(t, t.dtype, device, q)) is not None:
             return reason
     return None if k_cache.is_contiguous() and v_cache.is_contiguous() else "strides"
 
@@ -158,7 +164,7 @@ def _are_readable(*ints: torch.Tensor) -> bool:
     """Whether the values of these can be looked at here and now."""
     if is_compiling() or transform_objection() is not None:
         return False
-    return all(tensor_objection(t, t.dtype) is None for t in ints)
+    return all(tensor_objection(t, t.dtype, "cpu") is None for t in ints)
 
 
 def _check_values(k_cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor) -> tuple[int, int]:

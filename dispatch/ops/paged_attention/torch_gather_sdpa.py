@@ -20,8 +20,12 @@ def bind(_problem: Problem, _params: tuple[tuple[str, int], ...]) -> Run:
         lengths: torch.Tensor,
         scale: float | None,
     ) -> torch.Tensor:
-        counts = lengths.tolist()
-        return attend(q, k_cache, v_cache, block_table, lengths, scale, (min(counts), max(counts)))
+        if lengths.is_cpu:
+            counts = lengths.tolist()
+            bounds = min(counts), max(counts)
+        else:  # looking at them would wait for the device, and no CUDA graph could hold it
+            bounds = 0, block_table.shape[1] * k_cache.shape[1]
+        return attend(q, k_cache, v_cache, block_table, lengths, scale, bounds)
 
     return run
 

@@ -49,7 +49,7 @@ class RMSNormServer(NormServer):
         def framework(*_: Any) -> Output:
             return _framework(x, normalized_shape, weight, eps, residual)
 
-        reason = "compiling" if is_compiling() else rows_objection(x, normalized_shape, weight)
+        reason = "compiling" if is_compiling() else rows_objection(self.device, x, normalized_shape, weight)
         if reason is None and residual is not None:
             reason = residual_objection(residual, x, x.shape[-1])
         if reason is not None:

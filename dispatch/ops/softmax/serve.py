@@ -30,7 +30,7 @@ class SoftmaxServer(Server):
         def framework(x: torch.Tensor) -> torch.Tensor:
             return torch.softmax(x, dim, dtype)
 
-        reason = "compiling" if is_compiling() else _objection(x, dim)
+        reason = "compiling" if is_compiling() else _objection(self.device, x, dim)
         if reason is None and dtype is not None and dtype is not x.dtype:
             reason = "dtype"
         if reason is not None:
@@ -51,8 +51,8 @@ class SoftmaxServer(Server):
         return []
 
 
-def _objection(x: torch.Tensor, dim: object) -> str | None:
-    if (reason := tensors_objection(x)) is not None:
+def _objection(device: str, x: torch.Tensor, dim: object) -> str | None:
+    if (reason := tensors_objection(device, x)) is not None:
         return reason
     if x.dim() < 1:
         return "shape"
