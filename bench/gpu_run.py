@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -132,6 +132,16 @@ def stamp(*packages: str) -> list[str]:
     return [commit(), *digests]
 
 
+def served_by(name: str, ops: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+    """How many calls of this process a package's rules served, and why the framework served the others."""
+    parts = [
+        f"{op} {sum(found['hits'].values())} hits, "
+        + (", ".join(f"{count} {reason}" for reason, count in found["fallbacks"].items()) or "no fallbacks")
+        for op, found in ops.items()
+    ]
+    return f"{name}: {'; '.join(parts) or 'not called'}"
+
+
 def gpu_state() -> str:
     """Clocks, temperature, power and throttle reasons in nvidia-smi's words, or why they are not known."""
     fields = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_event_reasons.active"
@@ -167,6 +177,7 @@ def run(
     except NotHere as error:
         print(f"bench gpu-{name}: {error}", file=sys.stderr)
         return 2
-    notes = [*bench.notes, f"before: {before}", f"after: {gpu_state()}"]
+    served = [served_by(each_, package(each_).stats()["ops"]) for each_ in packages]
+    notes = [*bench.notes, *served, f"before: {before}", f"after: {gpu_state()}"]
     report(name, found, notes, Environment.current("cuda:0"))
     return 0

@@ -308,6 +308,33 @@ def test_without_a_gpu_each_says_so_in_one_line(name: str, capsys: pytest.Captur
     assert capsys.readouterr().err == f"bench gpu-{name}: needs an NVIDIA GPU, and PyTorch sees none here\n"
 
 
+def test_from_the_command_line_to_the_result_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_run, "Gpu", FakeGpu)
+    monkeypatch.setattr(Environment, "current", lambda _device: PLACE)
+    (home / "runs" / "gpu" / "out" / "p").mkdir(parents=True)
+    (home / "runs" / "gpu" / "out" / "p" / "manifest.json").write_text("{}")
+    monkeypatch.setattr(gpu_run, "package", lambda _: SimpleNamespace(stats=lambda: {"ops": {}}))
+
+    def rows(bench: Bench) -> Iterator[report.Row]:
+        assert not torch.is_grad_enabled()
+        yield gpu_run.row("x", "words", "peer", bench.measure([case(modes=(GRAPH,))]), 1.5)
+
+    assert gpu_run.run("try", "", rows, ["p"], ["--seconds", "9"]) == 0
+    written = json.loads((home / "runs" / "gpu-try" / "result.json").read_text())
+    assert written["rows"][0]["ratio"] == pytest.approx(2.0, rel=0.02)
+    assert written["notes"][0] == "p: not called" and written["notes"][1].startswith("before: nvidia-smi")
+    lines = (home / "runs" / "gpu" / "cells" / "try.jsonl").read_text().splitlines()
+    assert len(json.loads(lines[0])) == 2, "the commit and the package's digest"
+
+
+def test_who_served_is_said() -> None:
+    ops = {"linear": {"hits": {"exact": 3, "bin": 1}, "fallbacks": {"unknown_shape": 2}}}
+    assert gpu_run.served_by("p", ops) == "p: linear 4 hits, 2 unknown_shape"
+    assert gpu_run.served_by("p", {}) == "p: not called"
+
+
 def test_a_package_that_is_not_there_is_named(
     home: Path, cuda: FakeCuda, capsys: pytest.CaptureFixture[str]
 ) -> None:
