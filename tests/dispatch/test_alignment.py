@@ -218,10 +218,12 @@ def turns(args: Sequence[Any], offset: int) -> Iterator[list[Any]]:
 
 
 def ops_and_dtypes() -> list[Any]:
+    """Not float16, which lies in memory as bfloat16 does."""
     return [
         pytest.param(op, dtype, id=f"{op}-{dtype}")
         for op, operator in pool.operators().items()
         for dtype in operator.traits["dtype"]
+        if dtype != "float16"
     ]
 
 

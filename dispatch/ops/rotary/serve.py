@@ -68,11 +68,13 @@ class RotaryServer(Server):
             )
 
         dispatch = self.direct((q.dtype, cos.dtype, h, hkv, d), question, 0)
-        steps = [size * step for t in (q, k) for n, step in zip(t.shape[:2], t.stride(), strict=False) if n > 1]
+        bits = d // 2 * size | q.data_ptr() | k.data_ptr() | cos.data_ptr() | sin.data_ptr()
+        for t, heads in ((q, h), (k, hkv)):
+            token, head, _ = t.stride()
+            bits |= (token * size if tokens > 1 else 0) | (head * size if heads > 1 else 0)
         if len(cos) > 1:
-            steps.append(cos.stride(0) * cos.element_size())
-        align = alignment(d // 2 * size, *steps, *(t.data_ptr() for t in (q, k, cos, sin)))
-        return dispatch.serve(rotate, align, (tokens,), q, k, cos, sin, rows)
+            bits |= cos.stride(0) * cos.element_size()
+        return dispatch.serve(rotate, alignment(bits), (tokens,), q, k, cos, sin, rows)
 
     def swap(self, _model: nn.Module) -> list[Swap]:
         """Nothing: torch has no module of it, and those of transformers come with a model's own conventions."""
@@ -83,15 +85,15 @@ def _fit(*args: Any) -> bool:
     """Whether these are tensors whose dtypes and shapes fit each other; ``_misfit`` says why not."""
     if not all([isinstance(t, torch.Tensor) for t in args]):  # noqa: C419 - a list is quicker than a generator
         return False
-    q, k, cos, sin, positions = args
+    queries, keys, rows, others, places = (t.shape for t in args)
     return (
-        q.dim() == k.dim() == 3
-        and cos.dim() == 2
-        and q.shape[0] == k.shape[0]
-        and q.shape[2] == k.shape[2] == 2 * cos.shape[1]
-        and cos.shape == sin.shape
-        and positions.shape == q.shape[:1]
-        and positions.dtype in INTS
+        len(queries) == len(keys) == 3
+        and len(rows) == 2
+        and queries[0] == keys[0]
+        and queries[2] == keys[2] == 2 * rows[1]
+        and rows == others
+        and places == queries[:1]
+        and args[4].dtype in INTS
     )
 
 
