@@ -15,7 +15,7 @@ from dks.dispatch.ops.cross_entropy.traced import CROSS_ENTROPY
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import DTYPE_NAMES, Question, Server, tensors_objection
-from dks.dispatch.traced import on_cpu, takes, wanted
+from dks.dispatch.traced import lie_beside, takes, wanted
 
 IGNORE = -100
 REDUCTIONS = ("none", "mean", "sum")
@@ -50,7 +50,7 @@ class CrossEntropyServer(Server):
         def framework() -> torch.Tensor:
             return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
 
-        reason = "compiling" if is_compiling() else _objection(logits, targets, ignore_index)
+        reason = "compiling" if is_compiling() else _objection(self.device, logits, targets, ignore_index)
         if reason is not None:
             if wanted(reason) and _traceable(logits, targets, ignore_index):
                 y: torch.Tensor = CROSS_ENTROPY(logits, targets, ignore_index, self.runtime.name)
@@ -75,10 +75,10 @@ class CrossEntropyServer(Server):
         return []
 
 
-def _objection(logits: Any, targets: Any, ignore_index: object) -> str | None:
-    if (reason := tensors_objection(logits)) is not None:
+def _objection(device: str, logits: Any, targets: Any, ignore_index: object) -> str | None:
+    if (reason := tensors_objection(device, logits)) is not None:
         return reason
-    if (reason := tensor_objection(targets, torch.int64)) is not None:
+    if (reason := tensor_objection(targets, torch.int64, device, logits)) is not None:
         return reason
     if type(ignore_index) is not int:
         return "dtype"
@@ -91,7 +91,7 @@ def _objection(logits: Any, targets: Any, ignore_index: object) -> str | None:
 
 def _traceable(logits: torch.Tensor, targets: torch.Tensor, ignore_index: object) -> bool:
     """Whether a traced call belongs in the graph as the table's operator."""
-    if not takes(logits) or not on_cpu(targets) or not isinstance(ignore_index, int):
+    if not takes(logits) or not lie_beside(logits, targets) or not isinstance(ignore_index, int):
         return False
     return logits.dim() == 2 and targets.dtype == torch.int64 and tuple(targets.shape) == tuple(logits.shape[:1])
 

@@ -14,7 +14,7 @@ from dks.dispatch.ops.rotary.traced import ROTARY
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import DTYPE_NAMES, Question, Server, tensors_objection
-from dks.dispatch.traced import on_cpu, takes, wanted
+from dks.dispatch.traced import lie_beside, takes, wanted
 
 INTS = (torch.int32, torch.int64)
 
@@ -49,9 +49,9 @@ class RotaryServer(Server):
         """
         if not _fit(q, k, cos, sin, positions):
             raise _misfit(q, k, cos, sin, positions)
-        reason = _objection(q, k, cos, sin, positions)
+        reason = _objection(self.device, q, k, cos, sin, positions)
         if reason is not None:
-            if wanted(reason) and takes(q, k) and takes(cos, sin) and on_cpu(positions):
+            if wanted(reason) and takes(q, k) and takes(cos, sin) and lie_beside(q, cos, positions):
                 both: Pair = ROTARY(q, k, cos, sin, positions, self.runtime.name)
                 return both
             self.count(reason)
@@ -119,16 +119,16 @@ def _misfit(*args: Any) -> Exception:
 
 
 def _objection(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+    device: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> str | None:
     """Why the framework must serve these tensors, or None."""
     if is_compiling():
         return "compiling"
-    if (reason := tensors_objection(q, k)) is not None:
+    if (reason := tensors_objection(device, q, k)) is not None:
         return reason
     dtype = q.dtype if cos.dtype is q.dtype else torch.float32
     for t, expected in ((cos, dtype), (sin, dtype), (positions, positions.dtype)):
-        if (reason := tensor_objection(t, expected)) is not None:
+        if (reason := tensor_objection(t, expected, device, q)) is not None:
             return reason
     if grad_enabled() and wants_gradient(cos, sin):
         return "gradient"

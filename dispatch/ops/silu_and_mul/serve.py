@@ -38,7 +38,7 @@ class SiluAndMulServer(Server):
             raise TypeError(f"silu_and_mul: found x of {type(x).__name__}, expected a torch.Tensor")
         if x.dim() < 1 or x.shape[-1] % 2:
             raise ValueError(f"silu_and_mul: found x {tuple(x.shape)}, expected (..., 2n)")
-        reason = "compiling" if is_compiling() else _objection(x)
+        reason = "compiling" if is_compiling() else _objection(self.device, x)
         if reason is not None:
             if wanted(reason) and takes(x):
                 y: torch.Tensor = SILU_AND_MUL(x, self.runtime.name)
@@ -59,8 +59,8 @@ class SiluAndMulServer(Server):
         return []
 
 
-def _objection(x: Any) -> str | None:
-    if (reason := tensors_objection(x)) is not None:
+def _objection(device: str, x: Any) -> str | None:
+    if (reason := tensors_objection(device, x)) is not None:
         return reason
     if x.shape[-1] == 0:
         return "zero_sized"
