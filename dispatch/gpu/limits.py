@@ -85,4 +85,11 @@ def lacks(program: Program, arch: int) -> str | None:
     """Why a program is not even compiled for an architecture, or None."""
     if arch < 89 and any(each.type == "*fp8e4nv" for each in program.arguments):
         return f"sm_{arch} has no float8_e4m3"
+    if dict(program.constants).get("TMA"):
+        return no_tma(arch)
     return None
+
+
+def no_tma(arch: int) -> str | None:
+    """Why an architecture copies no tiles by itself, or None."""
+    return f"sm_{arch} has no TMA: sm_90 is the first" if arch < 90 else None
