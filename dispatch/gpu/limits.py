@@ -81,6 +81,24 @@ def fits(cubin: Cubin, device: int) -> str | None:
     return None
 
 
+SPARE = 28 * _KIB
+"""Bytes of the first cache that the largest shared memory leaves: of 192 KiB on sm_80, and of 256 from sm_90 on."""
+
+
+def spilled(cubin: Cubin) -> str | None:
+    """Why a program that could be launched is not worth it: it ran out of registers, or None.
+
+    What a thread has no register for lies on its stack, in memory. A few bytes stay in the first cache and cost as
+    much as shared memory; where a block's stacks alone fill what is left of that cache, each step along k goes
+    through the second. Where the compiler did not say how large they are, that is no reason.
+    """
+    stack, threads = cubin.stack or 0, cubin.warps * WARP
+    if stack * threads > SPARE:
+        most = SPARE // threads
+        return f"spills {stack} bytes a thread, and the first cache holds {most} of each of its {threads}"
+    return None
+
+
 def lacks(program: Program, arch: int) -> str | None:
     """Why a program is not even compiled for an architecture, or None."""
     if arch < 89 and any(each.type == "*fp8e4nv" for each in program.arguments):

@@ -128,7 +128,7 @@ def case_16(shape: tuple[int, int, int], dtype: str, **more: Any) -> tuple[dict[
     values, expected = case(shape, dtype, **more)
     for name in ("x", "weight", "y"):
         given = values[name]
-        rows, columns = given.shape
+        columns = given.shape[1]
         values[name] = surrounded(given, padded(columns, given.element_size()) - columns)
         values[f"{name}_stride"] = values[name].stride(0)
     return values, expected
@@ -213,8 +213,9 @@ def test_every_order_of_tiles_covers_the_output(group: int) -> None:
         ((5, 5, 20), 64),
     ],
     ids=str,
-)  # one tile in pieces; fewer and more tiles than blocks; one step a tile; no rest; uneven shares; more blocks than steps
+)
 def test_even_shares_cover_the_output_once(shape: tuple[int, int, int], multiprocessors: int) -> None:
+    """One tile in pieces; fewer and more tiles than blocks; one step a tile; no rest; uneven shares; few steps."""
     values, expected = case(shape, "float16", bias=True)
     programs = matmul.matmul("float16", SHARED, 2, bias=True)
     first, second = (each.blocks(values, multiprocessors) for each in programs)
@@ -232,12 +233,19 @@ def test_no_more_blocks_share_than_the_workspace_has_room_for(monkeypatch: pytes
     assert_right(y, expected, "float16")
 
 
-def test_the_workspace_has_room_for_every_piece_and_no_more() -> None:
+def test_the_workspace_is_as_large_as_the_pieces() -> None:
     tile = 16 * 32 * 4
-    assert matmul.workspace_bytes(16, 32, SHARED, 5) == 6 * tile  # one tile in at most 5 pieces
-    assert matmul.workspace_bytes(160, 320, SHARED, 5) == 10 * tile
-    assert matmul.workspace_bytes(160, 320, SHARED) == 2 * 100 * tile + (256 - 100) * tile
-    assert matmul.workspace_bytes(160, 320, tiles()) == 0
+    assert matmul.workspace(320, SHARED, 5) == (0, 10 * tile)
+    assert matmul.workspace(320, SHARED) == (0, 2 * 256 * tile)
+    assert matmul.workspace(320, tiles(split=3)) == (4 * 3 * 320, 0)
+    assert matmul.workspace(320, tiles()) == (0, 0)
+    assert matmul.workspace_bytes(7, 320, tiles(split=3)) == 7 * 4 * 3 * 320
+
+
+def test_resident_blocks_have_room_beside_each_other() -> None:
+    room = 228 * 1024  # of a multiprocessor from sm_90 on, 1 KiB of it the system's for each block
+    for params in matmul.PARAMS:
+        assert dict(params)["resident"] * (matmul.shared_bytes(params, "bfloat16") + 1024) <= room, params
 
 
 def test_an_access_outside_of_the_tensors_is_seen() -> None:
