@@ -81,21 +81,17 @@ def fits(cubin: Cubin, device: int) -> str | None:
     return None
 
 
-SPARE = 28 * _KIB
-"""Bytes of the first cache that the largest shared memory leaves: of 192 KiB on sm_80, and of 256 from sm_90 on."""
-
-
 def spilled(cubin: Cubin) -> str | None:
     """Why a program that could be launched is not worth it: it ran out of registers, or None.
 
-    What a thread has no register for lies on its stack, in memory. A few bytes stay in the first cache and cost as
-    much as shared memory; where a block's stacks alone fill what is left of that cache, each step along k goes
-    through the second. Where the compiler did not say how large they are, that is no reason.
+    What a thread has no register for lies on its stack, in memory. An ending that needs more room than the sums
+    along k leaves some hundred bytes there, once a tile, and such a tile may still be the fastest. Where more lies
+    in memory than in all registers, the sums themselves do, and each step along k moves them. Where the compiler
+    did not say how large stacks are, that is no reason.
     """
-    stack, threads = cubin.stack or 0, cubin.warps * WARP
-    if stack * threads > SPARE:
-        most = SPARE // threads
-        return f"spills {stack} bytes a thread, and the first cache holds {most} of each of its {threads}"
+    stack, registers = cubin.stack or 0, 4 * LIMITS[cubin.arch].per_thread
+    if stack > registers:
+        return f"spills {stack} bytes a thread, more than its {registers} bytes of registers"
     return None
 
 
