@@ -127,7 +127,7 @@ def test_what_was_compiled_is_what_is_launched(compiled: Any, opened: Open, fake
 
 
 def test_a_program_that_spills_is_compiled_and_not_worth_measuring(compiled: Any) -> None:
-    spills = dataclasses.replace(copy(16), symbol="small_spills", constants=(("WIDTH", 65536),), warps=1)
+    spills = dataclasses.replace(copy(16), symbol="small_spills", constants=(("WIDTH", 32768),), warps=1)
     assert compiling.build([spills], [80]) == {}
     stack = compiling.load(spills, 80).stack
     if stack is None:

@@ -331,11 +331,13 @@ def test_what_can_not_be_built_says_why() -> None:
 @pytest.mark.skipif(not SOAK, reason="takes minutes: make soak runs it")
 def test_random_shapes_are_right() -> None:
     generator = torch.Generator().manual_seed(0)
-    for _ in range(100):
+    for _ in range(50):
         m, n, k = (int(torch.randint(1, 90, (), generator=generator)) for _ in range(3))
         dtype = [*matmul.DTYPES][int(torch.randint(0, 4, (), generator=generator))]
-        split = int(torch.randint(1, 5, (), generator=generator))
-        values, expected = case((m, n, k), dtype, bias=True, epilogue="add", gap=split)
-        params = tiles(split=split)
-        y = run(matmul.matmul(dtype, params, 1, bias=True, epilogue="add"), values, params)
-        assert_right(y, expected, dtype)
+        gap, multiprocessors = (int(torch.randint(1, 5, (), generator=generator)) for _ in range(2))
+        values, expected = case((m, n, k), dtype, bias=True, epilogue="add", gap=gap)
+        values_16, expected_16 = case_16((m, n, k), dtype, bias=True, epilogue="add")
+        for params in (tiles(split=gap), SHARED, TMA[0], TMA[-1]):
+            given, right, align = (values_16, expected_16, 16) if dict(params)["tma"] else (values, expected, 1)
+            programs = matmul.matmul(dtype, params, align, bias=True, epilogue="add")
+            assert_right(run(programs, given, params, multiprocessors), right, dtype)

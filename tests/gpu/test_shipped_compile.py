@@ -18,8 +18,11 @@ import dks.dispatch.gpu
 from dks.dispatch.gpu import compile as compiling
 from dks.dispatch.gpu import matmul
 from dks.dispatch.gpu.cubin import ELEMENTS
+from dks.dispatch.gpu.launch import Plan, Step
 from dks.dispatch.gpu.limits import ARCHS, fits, lacks, spilled
 from dks.dispatch.gpu.program import Program
+from dks.dispatch.kernel import Declined
+from tests.gpu.conftest import Fake, Open
 from tests.gpu.ptx import copies_tiles, moves_16_bytes, moves_elements, multiplies_on
 
 pytest.importorskip("triton")
@@ -86,7 +89,7 @@ def test_every_program_compiles(
     assert len(filtered) <= len(tasks) // 4, f"{len(filtered)} of {len(tasks)} can't be launched: {filtered}"
 
 
-def test_hopper_copies_and_multiplies_whole_tiles() -> None:
+def test_hopper_copies_and_multiplies_whole_tiles(opened: Open, fake: Fake) -> None:
     """Resident blocks, even shares and TMA together; its descriptions are made in scratch memory of each block."""
     params = next(each for each in matmul.PARAMS if dict(each)["streamk"] and dict(each)["tma"])
     program, adds = matmul.matmul("bfloat16", params, 16)
@@ -95,4 +98,14 @@ def test_hopper_copies_and_multiplies_whole_tiles() -> None:
     assert copies_tiles(text) and multiplies_on(text, 90) and not copies_tiles(compiling.ptx(adds, 90))
     assert cubin.scratch == 3 * 128 and cubin.scratch_align == 128
     assert cubin.shared <= matmul.shared_bytes(params, "bfloat16") and fits(cubin, 90) is None
+    library = opened()
+    plan = Plan(library, [Step(library.add(each)) for each in (cubin, compiling.load(adds, 90))])
+    sizes = {"m": 1000, "n": 4096, "k": 4096, **dict.fromkeys(("x_stride", "weight_stride", "y_stride"), 4096)}
+    values = [sizes.get(name, 0x10000) for name in plan.names]
+    assert plan.scratch_bytes(*values) == 132 * cubin.scratch
+    plan(*values, scratch=(0x2000, 132 * cubin.scratch))
+    grids = [numbers[:3] for _, numbers in fake.calls("launch")]
+    assert grids == [list(each.blocks(sizes, 132)) for each in (program, adds)] and grids[0] == [132, 1, 1]
+    with pytest.raises(Declined, match="not aligned"):
+        plan(*(4100 if name == "x_stride" else sizes.get(name, 0x10000) for name in plan.names))
     assert compiling.build([program], [80]) == {(program.symbol, 80): "sm_80 has no TMA: sm_90 is the first"}
