@@ -46,7 +46,8 @@ def _claimed(parent: Path) -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         with suppress(FileNotFoundError):  # taken for a leftover before it was held: another one, then
             held = _opened(folder)
-            fcntl.flock(held, fcntl.LOCK_SH)
+            with suppress(OSError):  # a file system without locks: nothing is cleared away there either
+                fcntl.flock(held, fcntl.LOCK_SH)
             if folder.exists():
                 return folder, held
             os.close(held)
