@@ -105,7 +105,7 @@ def matmul(
             source=SOURCE,
             function="matmul",
             arguments=arguments(dtype, out),
-            constants=tuple({**constants, "TMA": p["tma"], "UPCAST": 0}.items()),
+            constants=tuple({**constants, "TMA": p["tma"], "FLAT": p["flat"], "UPCAST": 0}.items()),
             align=align,
             warps=p["w"],
             stages=p["s"],

@@ -2,7 +2,8 @@
 
 bm, bn, bk: a tile's rows, columns and step along k; w: warps; s: stages of the pipeline; group: rows of tiles that
 run beside each other; split: pieces of k; resident: 0, or blocks that a multiprocessor runs for good; streamk: 1
-for even shares of all of them; tma: 1 where the hardware copies tiles. See ``matmul.py``.
+for even shares of all of them; tma: 1 where the hardware copies tiles; flat: 1 where a resident block's tiles are
+one loop, so that one comes in while another goes out. See ``matmul.py``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def tile(bm: int, bn: int, bk: int, w: int, s: int, **more: int) -> Params:
         "resident": 0,
         "streamk": 0,
         "tma": 0,
+        "flat": 0,
     }
     assert more.keys() <= values.keys()
     return tuple((values | more).items())
@@ -49,6 +51,8 @@ PARAMS: tuple[Params, ...] = (
     tile(128, 256, 64, 8, 3, resident=1, tma=1),
     tile(256, 128, 64, 8, 3, resident=1, tma=1),
     tile(128, 128, 64, 8, 4, resident=1, tma=1),
+    tile(128, 256, 64, 8, 3, resident=1, tma=1, flat=1),
+    tile(128, 128, 64, 8, 4, resident=1, tma=1, flat=1),
     tile(64, 128, 64, 4, 4, resident=2, tma=1),
     # Even shares: for shapes whose last wave of tiles would leave multiprocessors idle.
     tile(128, 256, 64, 8, 3, resident=1, streamk=1),
@@ -112,6 +116,8 @@ def contradiction(params: Params, align: int) -> str | None:
         return f"split={p['split']} with resident={p['resident']}, expected one of them"
     if p["streamk"] and not p["resident"]:
         return "streamk=1 with resident=0, expected the blocks that share the work to be resident"
+    if p["flat"] and (p["streamk"] or not p["resident"]):
+        return "flat=1 without whole tiles of resident blocks, expected resident=1 and streamk=0"
     if p["tma"] and align < TMA_ALIGN:
         return f"tma=1 with an alignment of {align}, expected {TMA_ALIGN} bytes"
     return None
@@ -121,6 +127,7 @@ def shared_bytes(params: Params, dtype: str) -> int:
     """Bytes of shared memory of a block at most: what the pipeline holds of x and weight, or a tile on its way out.
 
     It is what sm_90 and sm_100 take with tiles of 64 rows and more; others hold a stage less. The 256 are barriers.
+    With flat a residual is held ahead as well, which is seen of the compiled program.
     """
     p = dict(params)
     pipeline = p["s"] * (p["bm"] + p["bn"]) * p["bk"] * DTYPES[dtype].size

@@ -41,11 +41,11 @@ def surrounded(tensor: torch.Tensor, gap: int = 0) -> torch.Tensor:
 
 def tiles(bm: int = 16, bn: int = 32, bk: int = 16, group: int = 2, **more: int) -> Params:
     sizes = {"bm": bm, "bn": bn, "bk": bk, "w": 4, "s": 3, "group": group}
-    return tuple({**sizes, "split": 1, "resident": 0, "streamk": 0, "tma": 0, **more}.items())
+    return tuple({**sizes, "split": 1, "resident": 0, "streamk": 0, "tma": 0, "flat": 0, **more}.items())
 
 
 SHARED = tiles(resident=1, streamk=1)
-TMA = (tiles(tma=1), tiles(split=3, tma=1), tiles(resident=1, tma=1), tiles(resident=1, streamk=1, tma=1))
+TMA = (tiles(tma=1), tiles(split=3, tma=1), tiles(resident=1, tma=1, flat=1), tiles(resident=1, streamk=1, tma=1))
 
 
 def rows(count: int, bn: int = 8, bk: int = 32, split: int = 1) -> Params:
@@ -324,6 +324,8 @@ def test_what_can_not_be_built_says_why() -> None:
         matmul.matmul("int8", tiles(split=2, resident=1), 16)
     with pytest.raises(ValueError, match="streamk=1 with resident=0"):
         matmul.matmul("int8", tiles(streamk=1), 16)
+    with pytest.raises(ValueError, match="flat=1 without whole tiles of resident blocks"):
+        matmul.matmul("int8", tiles(flat=1), 16)
     with pytest.raises(ValueError, match="tma=1 with an alignment of 8, expected 16 bytes"):
         matmul.matmul("int8", tiles(tma=1), 8)
 

@@ -114,15 +114,19 @@ def matmul(
     x_stride, weight_stride, y_stride, residual_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, RESIDENT: tl.constexpr,
     BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
-    UPCAST: tl.constexpr,
+    FLAT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """y whole, a block a tile; with RESIDENT, as many blocks as run at once take tiles until none is left."""
+    """y whole, a block a tile; with RESIDENT, as many blocks as run at once take tiles until none is left.
+
+    With FLAT the steps along k of all of a block's tiles are one loop: the next tile is on its way in while one
+    is on its way out.
+    """
     x = matrix(x, m, k, x_stride, BM, BK, TMA)
     weight = matrix(weight, n, k, weight_stride, BN, BK, TMA)
     y = matrix(y, m, n, y_stride, BM, BN, TMA)
     if RESIDENT:
         tiles = tl.cdiv(m, BM) * tl.cdiv(n, BN)
-        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
             tile(
                 index, x, weight, y, bias, residual, x_scale, weight_scale, m, n, k,
                 x_stride, weight_stride, y_stride, residual_stride,
