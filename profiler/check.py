@@ -22,10 +22,12 @@ from typing import Any
 import torch
 
 from dks.dispatch import pool
-from dks.dispatch.gpu import library as gpu_library
+from dks.dispatch.gpu import library as programs
+from dks.dispatch.gpu.library import Unsuited
 from dks.dispatch.kernel import Inputs, Kernel, Launch, parts, relative_error
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles import library
+from dks.dispatch.tiles.library import Missing
 from dks.profiler.cases import Cases, Group
 from dks.profiler.draws import HOST, Lent, tensors
 from dks.profiler.process_state import ProcessState
@@ -98,14 +100,9 @@ class Checker:
         self._state.refresh()
         verdict = Verdict()
         try:
-            if (why := kernel.unavailable()) is not None:
-                return verdict.fail("unavailable", why)
-            if (why := kernel.objection(problem)) is not None:
-                return verdict.fail("unsupported", why)
-            if (why := kernel.suits(problem, candidate.params)) is not None:
-                return verdict.fail("unsuited", why)
-            if (why := _lack(kernel, problem, candidate)) is not None:
-                return verdict.fail("not_compiled", why)
+            _expect_meant(kernel, problem, candidate)
+        except Rejected as found:
+            return verdict.fail(found.status, found.reason)
         except Exception as error:  # a kernel may raise anything
             return verdict.fail("failed", describe(error))
         return self._judged(verdict, lambda: self._check(problem, kernel, candidate, verdict))
@@ -264,13 +261,23 @@ class Checker:
         return Trial(run, kernel.precision[dtype], dtype, self._group.least, static)
 
 
-def _lack(kernel: Kernel, problem: Problem, candidate: Candidate) -> str | None:
-    """Why the generated code that a candidate runs can't be called here, or None."""
-    if kernel.unit is not None:
-        return library.lack(kernel.unit(problem, candidate.params))
-    if kernel.programs is not None:
-        return gpu_library.lack(kernel.programs(problem, candidate.params))
-    return None
+def _expect_meant(kernel: Kernel, problem: Problem, candidate: Candidate) -> None:
+    """Raise Rejected where a candidate is not for a problem or this machine, or has no compiled form here."""
+    if (why := kernel.unavailable()) is not None:
+        raise Rejected("unavailable", why)
+    if (why := kernel.objection(problem)) is not None:
+        raise Rejected("unsupported", why)
+    if (why := kernel.suits(problem, candidate.params)) is not None:
+        raise Rejected("unsuited", why)
+    try:
+        if kernel.unit is not None:
+            library.function(kernel.unit(problem, candidate.params))
+        if kernel.programs is not None:
+            programs.plan([(each, {}) for each in kernel.programs(problem, candidate.params)])
+    except Unsuited as error:
+        raise Rejected("unsuited", str(error)) from None
+    except Missing as error:
+        raise Rejected("not_compiled", str(error)) from None
 
 
 def _joined(*parts: str) -> str:

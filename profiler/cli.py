@@ -26,6 +26,7 @@ from dks.profiler.counters import EnergyMeter
 from dks.profiler.forms import duration
 from dks.profiler.interference import Watch, default_sources
 from dks.profiler.replay import replay as replay_run
+from dks.profiler.seeds import seeded
 from dks.profiler.sweep import Event, Outcome, run_sweep
 from dks.profiler.timing import StoppingRule
 
@@ -79,9 +80,10 @@ def run(
     if ops is not None:
         sweep = sweep.restrict([name for name in ops.split(",") if name])
     try:
-        Environment.current(sweep.device)
+        environment = Environment.current(sweep.device)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    sweep = seeded(sweep, environment, click.echo)
     folder = folder or Path("runs") / sweep.name
     with _progress() as notify:
         outcome = run_sweep(

@@ -42,6 +42,7 @@ class OperatorSweep:
         bins: of each dynamic dim, in the operator's order; a tied dim has those of the dim it follows.
         tie: dims that take the size of another one.
         neighbours: what the model runs before and after a problem, by its operator, traits and static dims.
+        patterns: of the config, one of which a candidate's id must match.
     """
 
     op: str
@@ -50,6 +51,7 @@ class OperatorSweep:
     bins: Mapping[str, Bins]
     tie: Mapping[str, str] = field(default_factory=dict)
     neighbours: Mapping[Kind, Neighbours] = field(default_factory=dict)
+    patterns: tuple[str, ...] = ("*",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +113,14 @@ def load(path: str | Path, device: str = "") -> Sweep:
         step = "take fewer bins, alignments or traits"
         document.fault(("operators",), f"found {size} problems, expected at most {MAX_PROBLEMS}; {step}")
     document.check()
-    operators = tuple(_enumerate(plan, candidates) for plan, candidates in plans)
+    patterns = {name: tuple(operator_form.candidates) for name, operator_form in form.operators.items()}
+    operators = tuple(_enumerate(plan, candidates, patterns[plan.op.name]) for plan, candidates in plans)
     return Sweep(form.name, device, form.threads, form.budget, operators, form.measure, document.path)
 
 
-def _enumerate(plan: Plan, candidates: tuple[Candidate, ...]) -> OperatorSweep:
-    return OperatorSweep(plan.op.name, plan.problems(), candidates, plan.bins(), plan.tie, plan.neighbours())
+def _enumerate(plan: Plan, candidates: tuple[Candidate, ...], patterns: tuple[str, ...]) -> OperatorSweep:
+    problems, neighbours = plan.problems(), plan.neighbours()
+    return OperatorSweep(plan.op.name, problems, candidates, plan.bins(), plan.tie, neighbours, patterns)
 
 
 def _plan(document: Document, op: Operator, form: OperatorForm, cache: str) -> Plan:

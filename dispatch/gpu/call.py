@@ -83,6 +83,7 @@ class Buffer:
     Attributes:
         like: the input that has its leading dims.
         last: size of its last dim in the place of the input's; None for that very size, 0 to leave the dim out.
+        leading: False for a buffer of ``last`` elements and no other dims.
         dtype: name of its elements' dtype, as torch has it; the input's where empty.
         returned: whether it is an output; else it is free again when the call has been launched, which is safe,
             since what uses the memory next runs on the same stream.
@@ -92,6 +93,7 @@ class Buffer:
     last: int | None = None
     dtype: str = ""
     returned: bool = True
+    leading: bool = True
 
 
 Steps = tuple[tuple[Program, Mapping[str, Value]], ...]
@@ -223,7 +225,8 @@ class _Python:
 
 def _made(each: Buffer, inputs: Sequence[Any]) -> torch.Tensor:
     like: torch.Tensor = inputs[each.like]
-    shape = like.shape if each.last is None else (*like.shape[:-1], *([each.last] if each.last else []))
+    leading = like.shape[:-1] if each.leading else ()
+    shape = like.shape if each.last is None else (*leading, *([each.last] if each.last else []))
     return like.new_empty(tuple(shape), dtype=getattr(torch, each.dtype) if each.dtype else like.dtype)
 
 
@@ -270,6 +273,7 @@ def _native(
             -1 if each.last is None else each.last,
             getattr(torch, each.dtype) if each.dtype else None,
             each.returned,
+            each.leading,
         )
         for each in recipe.buffers
     )

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,6 +27,7 @@ from dks.dispatch.gpu import program as programs
 from dks.dispatch.gpu.cubin import Cubin
 from dks.dispatch.gpu.limits import ARCHS, lacks
 from dks.dispatch.gpu.program import Program
+from dks.dispatch.gpu.workplace import work_folder
 from dks.dispatch.tiles import build as tiles
 from dks.dispatch.tiles.library import Missing
 
@@ -74,8 +74,8 @@ def build_tasks(
     try:
         trust.make_folder(tiles.cache())
         with (
-            tempfile.TemporaryDirectory(prefix=".triton-", dir=tiles.cache()) as name,
-            _Workers(Path(name)) as all_,
+            work_folder(tiles.cache()) as (folder, held),
+            _Workers(folder, held) as all_,
             ThreadPoolExecutor(count) as pool,
         ):
             running = {pool.submit(_build_one, all_, *task): task for task in todo}
@@ -96,9 +96,20 @@ def build_tasks(
 
 
 def is_built(program: Program, arch: int) -> bool:
-    """Whether the cache has it."""
+    """Whether the cache has it, and undamaged: what is not is built again."""
+    try:
+        _kept(program, arch)
+    except BadInput:
+        return False
+    return True
+
+
+def _kept(program: Program, arch: int) -> Cubin:
     path = _path(program, arch, ".json")
-    return path.is_file() and path.with_suffix(".cubin").is_file()
+    found = cubins.read(path)
+    if (found.symbol, found.program, found.arch) != (program.symbol, program.digest(), arch):
+        raise BadInput(f"{path}: found {found.symbol} for sm_{found.arch}, expected {program.symbol}; delete it")
+    return found
 
 
 def load(program: Program, arch: int) -> Cubin:
@@ -110,18 +121,15 @@ def load(program: Program, arch: int) -> Cubin:
     if why := tiles.distrust() or _no_triton():
         raise Missing(why)
     path = _path(program, arch, ".json")
-    if not is_built(program, arch):
-        failed = path.with_suffix(".txt")
-        if failed.is_file():
-            raise Missing(failed.read_text(encoding="utf-8"))
-        raise Missing(f"{program.symbol}: is not compiled for sm_{arch} in {tiles.cache()}")
-    try:
-        found = cubins.read(path)
-    except BadInput as error:
-        raise Missing(str(error)) from None
-    if (found.symbol, found.program, found.arch) != (program.symbol, program.digest(), arch):
-        raise Missing(f"{path}: found {found.symbol} for sm_{found.arch}, expected {program.symbol}; delete it")
-    return found
+    if path.is_file():
+        try:
+            return _kept(program, arch)
+        except BadInput as error:
+            raise Missing(str(error)) from None
+    failed = path.with_suffix(".txt")
+    if failed.is_file():
+        raise Missing(failed.read_text(encoding="utf-8"))
+    raise Missing(f"{program.symbol}: is not compiled for sm_{arch} in {tiles.cache()}")
 
 
 def ptx(program: Program, arch: int) -> str:
@@ -213,8 +221,9 @@ def _worker_text() -> str:
 class _Workers:
     """Processes that compile, started as they are needed and used again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, held: int) -> None:
         self.folder = folder
+        self._held = held
         self._lock = threading.Lock()
         self._all: list[_Worker] = []
         self._free: list[_Worker] = []
@@ -232,7 +241,7 @@ class _Workers:
             if self._free:
                 worker = self._free.pop()
             else:
-                worker = _Worker(self.folder, len(self._all))
+                worker = _Worker(self.folder, len(self._all), self._held)
                 self._all.append(worker)
         answer, alive = worker.ask(request)
         if alive:
@@ -244,7 +253,7 @@ class _Workers:
 class _Worker:
     """One process of ``worker.py``."""
 
-    def __init__(self, folder: Path, number: int) -> None:
+    def __init__(self, folder: Path, number: int, held: int) -> None:
         self._said = folder / f"worker-{number}.log"
         with self._said.open("wb") as log:
             self._process = subprocess.Popen(
@@ -254,6 +263,7 @@ class _Worker:
                 stderr=log,
                 cwd=folder,
                 env=_environment(folder, number),
+                pass_fds=(held,),  # while it lives, the folder is in use
                 start_new_session=True,  # the compiler starts processes of its own
             )
 

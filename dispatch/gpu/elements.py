@@ -34,13 +34,19 @@ ELEMENTS: Mapping[str, Element] = {
     "float32": Element("fp32", 4),
     "bfloat16": Element("bf16", 2),
     "float16": Element("fp16", 2),
+    "int8": Element("i8", 1),
+    "float8_e4m3fn": Element("fp8e4nv", 1),
 }
+"""By their names in torch."""
+
+FLOATS = ("float32", "bfloat16", "float16")
+"""What most families take; linear has its own."""
 
 
 def element_of(dtype: str) -> Element:
-    """Raises ValueError for a dtype that these families do not take."""
-    if dtype not in ELEMENTS:
-        raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(ELEMENTS)}")
+    """Raises ValueError for a dtype that is none of ``FLOATS``."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(FLOATS)}")
     return ELEMENTS[dtype]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dks.dispatch.gpu.matmul import (
+from dks.dispatch.gpu.linear import (
     DTYPES,
     EPILOGUES,
     MANY,
@@ -18,12 +18,22 @@ from dks.dispatch.gpu.matmul import (
     lack,
     parts_arguments,
     symbol,
-    workspace_bytes,
 )
+from dks.dispatch.gpu.matmul import workspace, workspace_bytes
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.kernel import Params
 
-__all__ = ["PARAMS", "gemv", "impossible", "params_for", "programs", "shared_bytes", "suits", "workspace_bytes"]
+__all__ = [
+    "PARAMS",
+    "gemv",
+    "impossible",
+    "params_for",
+    "programs",
+    "shared_bytes",
+    "suits",
+    "workspace",
+    "workspace_bytes",
+]
 
 SOURCE = "gemv.py"
 MOST_ROWS = 8
@@ -62,7 +72,7 @@ ahead through shared memory, 1 for none; split: pieces of k.
 
 def params_for(dtype: str, _align: int = 16) -> tuple[Params, ...]:
     """The parameter sets that are measured, of any class: with one-byte elements, as many bytes a step."""
-    if DTYPES[dtype][1] == 2:
+    if DTYPES[dtype].size == 2:
         return PARAMS
     sets = (dict(each) for each in PARAMS)
     return tuple(tuple({**each, "bn": each["bn"] // 2, "bk": each["bk"] * 2}.items()) for each in sets)
@@ -106,7 +116,7 @@ def gemv(
 def shared_bytes(params: Params, dtype: str) -> int:
     """Bytes of shared memory of a block, estimated: what is read ahead of x and weight, and the sums of warps."""
     p = dict(params)
-    ahead = p["s"] * (p["rows"] + p["bn"]) * p["bk"] * DTYPES[dtype][1] if p["s"] > 1 else 0
+    ahead = p["s"] * (p["rows"] + p["bn"]) * p["bk"] * DTYPES[dtype].size if p["s"] > 1 else 0
     return max(ahead, 4 * p["w"] * p["rows"] * p["bn"])
 
 
@@ -135,8 +145,8 @@ def suits(m: int, n: int, k: int, params: Params) -> str | None:
 def programs() -> Iterator[Program]:
     """All that the default sweep compiles: aligned and not; every set for bf16, some for other variants."""
     found: dict[Program, None] = {}
-    for dtype, (_, size) in DTYPES.items():
-        for align in (16, size):
+    for dtype, element in DTYPES.items():
+        for align in (16, element.size):
             for params in params_for(dtype) if dtype == "bfloat16" else params_for(dtype)[1::6]:
                 found.update(dict.fromkeys(gemv(dtype, params, align)))
     for epilogue in EPILOGUES:

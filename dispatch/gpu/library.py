@@ -14,6 +14,10 @@ Steps = Sequence[tuple[Program, Mapping[str, int | float | str | HasAddress]]]
 Locate = Callable[[Steps], Plan]
 
 
+class Unsuited(Missing):
+    """A program that is compiled, and not worth measuring."""
+
+
 def _nowhere(steps: Steps) -> Plan:
     raise Missing(f"{steps[0][0].symbol}: no loaded package ships it, and nothing is compiled while serving")
 

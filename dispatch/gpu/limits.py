@@ -81,8 +81,29 @@ def fits(cubin: Cubin, device: int) -> str | None:
     return None
 
 
+def spilled(cubin: Cubin) -> str | None:
+    """Why a program that could be launched is not worth it: it ran out of registers, or None.
+
+    What a thread has no register for lies on its stack, in memory. An ending that needs more room than the sums
+    along k leaves some hundred bytes there, once a tile, and such a tile may still be the fastest. Where more lies
+    in memory than in all registers, the sums themselves do, and each step along k moves them. Where the compiler
+    did not say how large stacks are, that is no reason.
+    """
+    stack, registers = cubin.stack or 0, 4 * LIMITS[cubin.arch].per_thread
+    if stack > registers:
+        return f"spills {stack} bytes a thread, more than its {registers} bytes of registers"
+    return None
+
+
 def lacks(program: Program, arch: int) -> str | None:
     """Why a program is not even compiled for an architecture, or None."""
     if arch < 89 and any(each.type == "*fp8e4nv" for each in program.arguments):
         return f"sm_{arch} has no float8_e4m3"
+    if dict(program.constants).get("TMA"):
+        return no_tma(arch)
     return None
+
+
+def no_tma(arch: int) -> str | None:
+    """Why an architecture copies no tiles by itself, or None."""
+    return f"sm_{arch} has no TMA: sm_90 is the first" if arch < 90 else None

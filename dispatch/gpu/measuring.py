@@ -9,7 +9,7 @@ import torch
 from dks.dispatch.gpu import compile as compiling
 from dks.dispatch.gpu import embed, limits
 from dks.dispatch.gpu.launch import Kernel, Library, Plan, Step
-from dks.dispatch.gpu.library import Locate, Steps
+from dks.dispatch.gpu.library import Locate, Steps, Unsuited
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.tiles.library import Missing
 
@@ -41,6 +41,8 @@ def locate(device: int) -> Locate:
         cubin = compiling.load(program, arch_for(device))
         if why := limits.fits(cubin, device):
             raise Missing(f"{program.symbol}: {why}")
+        if why := limits.spilled(cubin):
+            raise Unsuited(f"{program.symbol}: {why}")
         return library().add(cubin)
 
     @cache

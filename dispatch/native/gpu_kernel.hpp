@@ -3,7 +3,7 @@
 //   GpuKernel(device, inputs, slots, buffers, program, otherwise, settle, keep)
 //     device: DLPack's device type of every tensor; inputs: (DLPack code, bits) of each argument, (-1, 0) for a
 //     number or None, (-2, 0) for None; slots: (kind, index, dim, default, is_float), see dks/dispatch/gpu/call.py;
-//     buffers: (like, last or -1, dtype or None, returned); program: (dks_gpu_launch, dks_gpu_scratch or 0, steps,
+//     buffers: (like, last or -1, dtype or None, returned, leading); program: (dks_gpu_launch, dks_gpu_scratch or 0, steps,
 //     count); otherwise: what is called where the call is outside the alignment class, or None; settle: (code),
 //     raises; keep: what addresses point to.
 //   kernel(*inputs) -> the outputs, enqueued on the current stream of the inputs' device
@@ -38,7 +38,7 @@ struct GpuKernel {
     std::int32_t like;
     long long last;
     PyObject* dtype;  // held by `types`
-    int returned;
+    int returned, leading;
   };
 
   std::int32_t device = 0;
@@ -94,8 +94,8 @@ struct GpuKernel {
     }
     for (Py_ssize_t i = 0; i < PyTuple_Size(given_buffers); ++i) {
       Buffer each;
-      if (!PyArg_ParseTuple(PyTuple_GetItem(given_buffers, i), "iLOp", &each.like, &each.last, &each.dtype,
-                            &each.returned))
+      if (!PyArg_ParseTuple(PyTuple_GetItem(given_buffers, i), "iLOpp", &each.like, &each.last, &each.dtype,
+                            &each.returned, &each.leading))
         return false;
       if (!is_tensor(each.like)) return wrong("a buffer is like an input that is no tensor");
       if (each.dtype == Py_None) each.dtype = nullptr;
@@ -201,10 +201,13 @@ struct GpuKernel {
   }
 
   static PyObject* allocate(PyObject* like, const View& view, const Buffer& wanted) {
-    if (wanted.last < 0 && wanted.dtype == nullptr && view.row_major())  // takes half of the time of the other
+    if (wanted.last < 0 && wanted.dtype == nullptr && view.dense() >= 0)  // takes half of the time of the other
       return PyObject_CallFunctionObjArgs(torch.empty_like, like, nullptr);
-    const bool drops = wanted.last == 0;
-    const std::int32_t dims = view.ndim - (drops ? 1 : 0);
+    if (wanted.leading == 0) {
+      const Ref length = Ref::take(Py_BuildValue("(L)", wanted.last));
+      return length ? empty(like, length.get(), wanted.dtype) : nullptr;
+    }
+    const std::int32_t dims = view.ndim - (wanted.last == 0 ? 1 : 0);
     Ref sizes = Ref::take(PyTuple_New(dims));
     if (!sizes) return nullptr;
     for (std::int32_t dim = 0; dim < dims; ++dim) {

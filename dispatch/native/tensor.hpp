@@ -88,25 +88,21 @@ struct View : dlpack::Tensor {
 
   bool is(dlpack::DataType wanted) const { return dtype.code == wanted.code && dtype.bits == wanted.bits; }
 
-  // Whether elements lie row by row with nothing between.
-  bool row_major() const {
-    std::int64_t count = 1;
-    for (std::int32_t dim = ndim - 1; dim >= 0; --dim) {
-      if (shape[dim] != 1 && strides[dim] != count) return false;
-      count *= shape[dim];
-    }
-    return true;
-  }
-
-  // Number of elements if they lie on that very device, row by row with nothing between; -1 otherwise. A tensor
-  // of zeros that autograd made has no memory, and is none; one without elements needs none. The address of what
-  // lies on a GPU is compared and handed on, never read here.
-  std::int64_t packed(dlpack::Device where = dlpack::cpu) const {
+  // Number of elements if they lie row by row with nothing between; -1 otherwise.
+  std::int64_t dense() const {
     std::int64_t count = 1;
     for (std::int32_t dim = ndim - 1; dim >= 0; --dim) {
       if (shape[dim] != 1 && strides[dim] != count) return -1;
       count *= shape[dim];
     }
+    return count;
+  }
+
+  // The same if they lie on that very device; -1 otherwise. A tensor
+  // of zeros that autograd made has no memory, and is none; one without elements needs none. The address of what
+  // lies on a GPU is compared and handed on, never read here.
+  std::int64_t packed(dlpack::Device where = dlpack::cpu) const {
+    const std::int64_t count = dense();
     return device == where && (data != nullptr || count == 0) ? count : -1;
   }
 

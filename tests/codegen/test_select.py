@@ -159,6 +159,13 @@ def test_rows_that_do_not_belong_together_are_refused() -> None:
         select([dataclasses.replace(one, candidate="gone.kernel")], EXACT)
 
 
+def test_parameters_may_have_other_values_than_those_declared_and_no_other_names() -> None:
+    rows = [row("torch.linear", 100), row("mkl.linear_packed/rows48", 50)]
+    assert {rule.candidate for rule in select(rows, EXACT).rules} >= {"mkl.linear_packed/rows48"}
+    with pytest.raises(BadInput, match=r"parameters of mkl\.linear_packed/lines48"):
+        select([rows[0], row("mkl.linear_packed/lines48", 50)], EXACT)
+
+
 def test_policies_from_files(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text("objective: throughput\nmax_form_bytes: 1000\nmax_error: 0.001\n")

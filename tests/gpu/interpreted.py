@@ -101,14 +101,15 @@ def _watched(readable: Any, writable: Any) -> Iterator[None]:
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def check(what: str, pointers: Any, mask: Any, allowed: Any) -> None:
-        wanted = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]  # some are integers
+        mask = mask if isinstance(mask, np.ndarray) else mask.data  # a descriptor has a bare one
+        wanted = pointers.data[np.broadcast_to(mask, pointers.data.shape).astype(bool)]  # some are integers
         at = np.minimum(np.searchsorted(allowed, wanted), len(allowed) - 1)
         outside = int((allowed[at] != wanted).sum())
         assert not outside, f"{what} {outside} elements outside of the tensors"
 
-    def checked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+    def checked_load(pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
         check("read", pointers, mask, readable)
-        return load(pointers, mask, *rest)
+        return load(pointers, mask, *rest, **more)
 
     def checked_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         check("wrote", pointers, mask, writable)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import random
 import re
+import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +21,14 @@ import pytest
 from dks.dispatch.errors import BadInput
 from dks.dispatch.gpu import compile as compiling
 from dks.dispatch.gpu import cubin as cubins
+from dks.dispatch.gpu import measuring
 from dks.dispatch.gpu import program as programs
 from dks.dispatch.gpu.cubin import Cubin
 from dks.dispatch.gpu.launch import Plan, Step
-from dks.dispatch.gpu.limits import ARCHS, fits, lacks, runs_on
+from dks.dispatch.gpu.library import Unsuited
+from dks.dispatch.gpu.limits import ARCHS, fits, lacks, runs_on, spilled
 from dks.dispatch.gpu.program import Argument, Program
+from dks.dispatch.gpu.workplace import clear, work_folder
 from dks.dispatch.kernel import Declined
 from dks.dispatch.tiles import build as tiles
 from dks.dispatch.tiles.library import Missing
@@ -123,6 +128,21 @@ def test_what_was_compiled_is_what_is_launched(compiled: Any, opened: Open, fake
     assert len(fake.calls("launch")) == 2
 
 
+def test_a_program_that_spills_is_compiled_and_not_worth_measuring(compiled: Any) -> None:
+    spills = dataclasses.replace(copy(16), symbol="small_spills", constants=(("WIDTH", 32768),), warps=1)
+    assert compiling.build([spills], [80]) == {}
+    stack = compiling.load(spills, 80).stack
+    if stack is None:
+        pytest.skip("this Triton brings no cuobjdump")
+    assert stack > 1020
+    locate = measuring.locate(86)
+    locate([(copy(16), {})])
+    with pytest.raises(Unsuited, match=f"small_spills: spills {stack} bytes a thread, more than its 1020 bytes"):
+        locate([(spills, {})])
+    with pytest.raises(Missing, match=r"found sm_75, expected one that runs code for sm_80, sm_90, sm_100"):
+        measuring.locate(75)([(copy(16), {})])
+
+
 def test_the_same_bytes_anywhere(
     compiled: dict[tuple[str, int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +170,48 @@ def test_what_is_in_the_cache_is_not_compiled_again(
     monkeypatch.setattr(compiling, "version", lambda: "")
     why = "no Triton here: install dks[gpu], or triton>=3.6"
     assert compiling.build([multiply(16)], [90]) == {("small_multiply_a16", 90): why}
+
+
+def test_what_is_damaged_is_compiled_again(folder: Path) -> None:
+    program = dataclasses.replace(copy(2), symbol="small_damaged")
+    assert compiling.build([program], [90]) == {}
+    whole = compiling.load(program, 90)
+    (code,) = tiles.cache().glob("small_damaged-*.cubin")
+    code.write_bytes(whole.elf[:-1])
+    assert not compiling.is_built(program, 90)
+    with pytest.raises(Missing, match="the code differs from its digest"):
+        compiling.load(program, 90)
+    assert compiling.build([program], [90]) == {} and compiling.load(program, 90) == whole
+    code.unlink()
+    assert not compiling.is_built(program, 90)
+
+
+def test_what_a_killed_build_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+    left, file = tmp_path / ".triton-left", tmp_path / ".triton-file"
+    (left / "triton-0").mkdir(parents=True)
+    file.write_text("")
+    (tmp_path / ".triton-link").symlink_to(tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    with work_folder(tmp_path) as (first, _):
+        assert not left.exists() and file.is_file() and (tmp_path / "kept").is_dir()
+        with work_folder(tmp_path) as (second, _):
+            assert first.is_dir() and second.is_dir() and first != second
+        assert not second.exists()
+    assert not first.exists()
+
+
+def test_a_compiler_that_outlives_its_build_keeps_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / ".triton-orphan"
+    folder.mkdir()
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    with subprocess.Popen(["sleep", "60"], pass_fds=(held,)) as compiler:
+        os.close(held)  # as the death of the build does
+        clear(tmp_path)
+        assert folder.is_dir()
+        compiler.kill()
+    clear(tmp_path)
+    assert not folder.exists()
 
 
 def test_failures_are_reasons(folder: Path) -> None:
@@ -334,4 +396,6 @@ def test_limits() -> None:
     assert fits(at(arch=100, tensor_memory=1024), 100) == "needs 1024 columns of tensor memory, sm_100 has 512"
     assert fits(at(), 100) == "compiled for sm_90, which sm_100 doesn't run"
     assert fits(at(arch=80), 90) is not None and fits(at(), 75) is not None
+    assert spilled(at(stack=1020)) is None and spilled(at(stack=None)) is None
+    assert spilled(at(stack=1024)) == "spills 1024 bytes a thread, more than its 1020 bytes of registers"
     assert runs_on(80, 89) and not runs_on(80, 75) and not runs_on(90, 100)

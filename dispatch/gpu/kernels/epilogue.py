@@ -23,11 +23,11 @@ def activate(y, EPILOGUE: tl.constexpr):
 
 
 @triton.jit
-def finish(
-    acc, row, column, y, bias, residual, x_scale, weight_scale, m, n, y_stride, residual_stride,
+def ended(
+    acc, row, column, bias, residual, x_scale, weight_scale, m, n, residual_stride,
     BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Write the tile of y that begins at (row, column); acc (BM, BN) holds its sums along k, float32 or int32.
+    """The tile of y that begins at (row, column), in float32; acc (BM, BN) holds its sums along k, or int32 ones.
 
     Offsets within a tile fit 32 bits, those of tiles need not: only the latter are computed in 64.
     """
@@ -35,7 +35,6 @@ def finish(
     columns = column + tl.arange(0, BN)
     row_inside = rows < m - row
     column_inside = columns < n
-    inside = row_inside[:, None] & column_inside[None, :]
     start = tl.cast(row, tl.int64)
     value = acc.to(tl.float32)
     if SCALED:
@@ -46,10 +45,27 @@ def finish(
         value += tl.load(bias + columns, mask=column_inside, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == "add":
         at = residual + start * residual_stride + rows[:, None] * residual_stride + columns[None, :]
+        inside = row_inside[:, None] & column_inside[None, :]
         value += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     else:
         value = activate(value, EPILOGUE)
-    at = y + start * y_stride + rows[:, None] * y_stride + columns[None, :]
+    return value
+
+
+@triton.jit
+def finish(
+    acc, row, column, y, bias, residual, x_scale, weight_scale, m, n, y_stride, residual_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Write the tile of y that begins at (row, column); see ``ended``."""
+    value = ended(
+        acc, row, column, bias, residual, x_scale, weight_scale, m, n, residual_stride,
+        BM, BN, BIAS, EPILOGUE, SCALED,
+    )  # fmt: skip
+    rows = tl.arange(0, BM)
+    columns = column + tl.arange(0, BN)
+    inside = (rows < m - row)[:, None] & (columns < n)[None, :]
+    at = y + tl.cast(row, tl.int64) * y_stride + rows[:, None] * y_stride + columns[None, :]
     tl.store(at, value.to(y.dtype.element_ty), mask=inside)
 
 

@@ -40,11 +40,11 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
         return make(form or dtype, params, _class(dtype), bias=bias, epilogue=epilogue, out=dtype)
 
     def _class(dtype: str) -> int:
-        return align or matmul.DTYPES[form or dtype][1]
+        return align or matmul.DTYPES[form or dtype].size
 
     def before(problem: Problem) -> tuple[Program, ...]:
         dtype = problem.trait("dtype")
-        return quantize.quantize(dtype, form, align or matmul.DTYPES[dtype][1]) if form else ()
+        return quantize.quantize(dtype, form, align or matmul.DTYPES[dtype].size) if form else ()
 
     def programs(problem: Problem, params: Params) -> tuple[Program, ...]:
         return (*before(problem), *product(problem, params))
@@ -80,9 +80,10 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
                 "x_stride": k,
             }
             launched = steps(before(problem), first)
-        if pieces := module.workspace_bytes(1, n, params):
-            values["workspace"] = buffer(len(buffers))
-            buffers.append(Buffer(last=pieces // 4, dtype="float32", returned=False))
+        for leading, size in zip((True, False), module.workspace(n, params, _multiprocessors(weight)), strict=True):
+            if size:
+                values["workspace"] = buffer(len(buffers))
+                buffers.append(Buffer(last=size // 4, dtype="float32", returned=False, leading=leading))
         inputs = (dtype, dtype) if adds else (dtype,)
         recipe = Recipe(inputs, (*launched, *steps(made, values)), tuple(buffers))
         return bound(recipe, device=weight.device)  # type: ignore[return-value]
@@ -105,13 +106,17 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
         form_bytes=lambda p: p.dim("n") * (p.dim("k") + 4) if form else 8,
         params=module.params_for(form or "bfloat16", align or 1),
         programs=programs,
-        sources=(*(f"{each}.py" for each in ("matmul", "gemv")), *(("quantize.py",) if form else ())),
+        sources=(*(f"{each}.py" for each in ("matmul", "gemv", "streamk")), *(("quantize.py",) if form else ())),
         align=align,
         supports=supports,
         suits=suits,
         rank=rank,
         devices=("cuda",),
     )
+
+
+def _multiprocessors(t: torch.Tensor) -> int:
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else matmul.MANY
 
 
 _SHORT = {"int8": "int8", "float8_e4m3fn": "fp8"}
