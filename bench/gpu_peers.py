@@ -117,10 +117,14 @@ def compiled(function: Callable[..., Any]) -> Maker:
 
 
 def gathered(b: int, kv: int, page: int, h: int, hkv: int, d: int) -> Callable[..., object]:
-    """The framework's own way with pages, the pool's default kernel: a function of paged_attention's arguments."""
+    """The framework's own way with pages: a function of paged_attention's arguments."""
     dims = {"b": b, "kv": kv, "h": h, "hkv": hkv, "d": d, "page": page}
-    problem = Problem.of("paged_attention", {"dtype": "bfloat16"}, dims)
-    kernel = pool.kernels()[pool.operator("paged_attention").default]
+    return default_of(Problem.of("paged_attention", {"dtype": "bfloat16"}, dims))
+
+
+def default_of(problem: Problem) -> Callable[..., object]:
+    """The pool's default kernel of an operator without constant arguments."""
+    kernel = pool.kernels()[pool.operator(problem.op).default]
     return kernel.bind(problem, kernel.candidates()[0].params)
 
 

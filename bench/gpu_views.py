@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from bench.gpu import MODES, OURS, Bench, Case, Gpu, each, normal, placed
-from bench.gpu_peers import gathered
+from bench.gpu_peers import default_of, gathered
 from bench.gpu_run import package, row, run
 from bench.report import Row
+from dks.dispatch.problem import Problem
 
 PACKAGE = "gpu_smoke"
 OFFSETS = (1, 2, 4, 8)
@@ -70,6 +71,14 @@ def operators(served: ModuleType) -> dict[str, tuple[tuple[tuple[int, ...], ...]
 
         return call
 
+    def losses(function: Function) -> Function:
+        return lambda x: function(x, torch.arange(len(x), device=x.device), reduction="none")
+
+    def turned(function: Function) -> Function:
+        return lambda q, *more: function(q, *more, torch.arange(len(q), dtype=torch.int32, device=q.device))
+
+    traits, dims = {"dtype": "bfloat16", "cache": "same"}, {"tokens": 64, "h": 8, "hkv": 2, "d": 128}
+    rotary = default_of(Problem.of("rotary", traits, dims))
     return {
         "linear": (((128, 256), (512, 256), (512,)), F.linear, served.linear),
         "linear_ragged": (((128, 250), (510, 250)), F.linear, served.linear),
@@ -79,6 +88,13 @@ def operators(served: ModuleType) -> dict[str, tuple[tuple[tuple[int, ...], ...]
             lambda x, weight: served.rms_norm(x, weight.shape, weight, 1e-6),
         ),
         "softmax": (((64, 1000),), lambda x: torch.softmax(x, -1), lambda x: served.softmax(x, -1)),
+        "silu_and_mul": (
+            ((64, 1024),),
+            lambda x: F.silu(x[..., :512]) * x[..., 512:],
+            served.silu_and_mul,
+        ),
+        "cross_entropy": (((64, 1000),), losses(F.cross_entropy), losses(served.cross_entropy)),
+        "rotary": (((64, 8, 128), (64, 2, 128), (64, 64), (64, 64)), turned(rotary), turned(served.rotary)),
         "paged_attention": (pages, paged(gathered(4, 256, 16, 8, 2, 128)), paged(served.paged_attention)),
         "attention": (heads, attend(F.scaled_dot_product_attention), attend(served.attention)),
     }

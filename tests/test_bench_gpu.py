@@ -37,6 +37,7 @@ from bench import (
 from bench.gpu import EAGER, GRAPH, OURS, Bench, Case, Cell, Gpu, NotHere, each
 from dks.dispatch.environment import Environment
 from dks.dispatch.gpu.cublaslt.library import Algorithm, Refused
+from dks.dispatch.problem import Problem
 from dks.profiler.config import load
 
 HERE = Path(__file__).parent
@@ -355,7 +356,11 @@ SERVED = SimpleNamespace(
     linear=F.linear,
     softmax=torch.softmax,
     rms_norm=F.rms_norm,
-    cross_entropy=lambda logits, targets: F.cross_entropy(logits, targets, reduction="none"),
+    cross_entropy=lambda logits, targets, reduction="none": F.cross_entropy(logits, targets, reduction=reduction),
+    silu_and_mul=lambda x: F.silu(x[..., :512]) * x[..., 512:],
+    rotary=gpu_peers.default_of(
+        Problem.of("rotary", {"dtype": "bfloat16", "cache": "same"}, {"tokens": 64, "h": 8, "hkv": 2, "d": 128})
+    ),
     attention=F.scaled_dot_product_attention,
     paged_attention=gpu_peers.gathered(4, 256, 16, 8, 2, 128),
 )
@@ -480,10 +485,10 @@ def test_views(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
         which = {int(i) for i in each_.name.split()[1].split("+")}
         for i, t in enumerate(inputs):
             assert t.data_ptr() % 256 == (offset if i in which else 0), each_.name
-    small = [c for c in gpu_views.cases(there, SERVED) if c.name.startswith(("softmax", "rms_norm 1"))]
+    small = [c for c in gpu_views.cases(there, SERVED) if c.name.startswith(("softmax", "rotary 1"))]
     monkeypatch.setattr(gpu_views, "cases", lambda *_: small)
     found = {row.id: row for row in gpu_views.rows(Bench(there, "t", 60.0))}
-    assert set(found) == {f"views-{op}-{mode}" for op in ("softmax", "rms-norm", "worst") for mode in gpu.MODES}
+    assert set(found) == {f"views-{op}-{mode}" for op in ("softmax", "rotary", "worst") for mode in gpu.MODES}
     assert "offsets 1: no torch.bfloat16 tensor can begin there" in str(found["views-worst-graph"].extra["note"])
 
 
