@@ -169,7 +169,7 @@ def test_each_version_has_its_own_columns_and_modes_have_names(tmp_path: Path, r
     whole = pa.table({name: [getattr(row, name) for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
     for version, table in ((b"2", whole), (b"3", whole.drop_columns(["mode"]))):
         write_bound(path, table.replace_schema_metadata({b"dks.schema": version}))
-        with pytest.raises(BadInput, match="other columns than expected: .*mode: string"):
+        with pytest.raises(BadInput, match=r"other columns than expected: .*mode: string"):
             read_rows(path)
     write_rows(path, [dataclasses.replace(rows[0], mode="graph")])
     assert read_rows(path)[0].mode == "graph"
