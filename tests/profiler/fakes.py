@@ -65,7 +65,7 @@ class FakeProcess:
         self.hard_stop: float | None = None
         self.rng = random.Random(f"{machine.seed} {number}")
 
-    def check(self, problem: Problem, candidate: Candidate) -> tuple[Finding, bool]:
+    def check(self, problem: Problem, candidate: Candidate, mode: str = "eager") -> tuple[Finding, bool]:
         self.machine.checked.append((problem.id, candidate.id))
         self.machine.tick(0.01)
         kernel = pool.kernels()[candidate.kernel]
@@ -94,7 +94,7 @@ class FakeProcess:
         except ImpossibleTime as error:
             yield impossible(error)
 
-    def joules(self, problem: Problem, name: str) -> tuple[float | None, str]:
+    def joules(self, problem: Problem, name: str, mode: str = "eager") -> tuple[float | None, str]:
         return None, "numbers take no energy"
 
     def close(self) -> None: ...
