@@ -499,7 +499,7 @@ class _Run:
                         self._store.add(task.contest, found)
                     else:
                         self._reject(task, *found)
-                        lost |= found[1].status == "crashed" or _of_device(found[1])
+                        lost |= _of_device(found[1])
                 if lost:  # the device's error stays with the process: the others go on in another one
                     self._end_process()
                     continue
@@ -601,9 +601,11 @@ def _fatal(finding: Finding) -> bool:
 
 
 def _of_device(finding: Finding) -> bool:
-    """Whether a failure has to do with a device."""
+    """Whether it is an error of a device, which may stay with the process."""
     words = ("CUDA", "cuBLAS", "HIP", "device-side", "illegal")
-    return finding.status == "failed" and any(word in finding.reason for word in words)
+    return finding.status == "crashed" or (
+        finding.status == "failed" and any(word in finding.reason for word in words)
+    )
 
 
 def _refuse_broken(task: Task, findings: Findings) -> None:
