@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -14,7 +16,7 @@ from dks.dispatch.modes import EAGER
 from dks.profiler.counters import EnergyMeter, peak_memory
 from dks.profiler.interference import ClockRate, Cores, Source, default_sources, quota
 from dks.profiler.nvml import Nvml
-from dks.profiler.trial import stays
+from dks.profiler.trial import describe, stays
 
 ADDRESS = 128  # bytes: a copy's address has the same remainder by it
 MAX_COPIES = 8  # of a CPU's buffers, to keep caches cold
@@ -166,7 +168,7 @@ class Gpu:
         self._sum = torch.zeros((), dtype=torch.int64, device=self.torch)
         self._start, self._end = (cuda.Event(enable_timing=True) for _ in range(2))
         self._hold = HOLD
-        self._pool: Any = None
+        self._graphs: WeakSet[_Graph] = WeakSet()
 
     def copies(self, size: int) -> int:
         # They take ``beyond`` and one more together, for every candidate; what would need more of them is emptied.
@@ -184,23 +186,29 @@ class Gpu:
 
     def captured(self, call: Callable[..., Output], args: Sequence[Any]) -> Replay:
         cuda = self._cuda
-        if self._pool is None:  # of all graphs: they never run at once, and each keeps the output that it writes
-            self._pool = cuda.graph_pool_handle()
+        # Graphs share a pool: they never run at once, and each keeps the output that it writes. PyTorch takes one
+        # that is in use, or a new one.
+        pool = next((each.pool for each in self._graphs), None) or cuda.graph_pool_handle()
         graph, side = cuda.CUDAGraph(), cuda.Stream(self.torch)
         side.wait_stream(cuda.current_stream(self.torch))
         with cuda.stream(side):
             call(*args)  # what only a first call on a stream does
             cuda.synchronize(self.torch)
             try:
-                graph.capture_begin(pool=self._pool)
-                try:
-                    output = call(*args)
-                finally:
-                    graph.capture_end()
+                graph.capture_begin(pool=pool)
+                output = call(*args)
             except Exception as error:
-                raise Uncapturable(f"can't be captured in a CUDA graph: {_root(error)}") from error
+                with suppress(Exception):
+                    graph.capture_end()
+                raise _uncapturable(error) from error
+            try:
+                graph.capture_end()
+            except Exception as error:
+                raise _uncapturable(error) from error
         cuda.synchronize(self.torch)
-        return _Graph(graph, output)
+        made = _Graph(graph, output, pool)
+        self._graphs.add(made)
+        return made
 
     def replayed(self, replay: Replay) -> int | None:
         self._cuda._sleep(self._hold)
@@ -218,12 +226,14 @@ class Gpu:
         self._cuda.synchronize(self.torch)
 
     def lost(self, error: BaseException) -> str:
+        if isinstance(error, Uncapturable):  # no kernel ran
+            return ""
         if why := stays(error):
             return why
         try:
             self._cuda.synchronize(self.torch)
         except Exception as left:  # an error that stays is told again by every call
-            return stays(left) or _root(left)
+            return stays(left) or describe(left)
         return ""
 
     def empty_cache(self, _turn: int, /) -> None:
@@ -255,8 +265,8 @@ class Gpu:
 class _Graph:
     """A CUDA graph and the output that it writes, which must outlive it."""
 
-    def __init__(self, graph: Any, output: Output) -> None:
-        self._graph, self._output = graph, output
+    def __init__(self, graph: Any, output: Output, pool: Any) -> None:
+        self._graph, self._output, self.pool = graph, output, pool
 
     def __call__(self, *_: object) -> Output:
         self.again()
@@ -267,11 +277,8 @@ class _Graph:
         self._graph.replay()
 
 
-def _root(error: BaseException) -> str:
-    """The first line of the error that began it: ending a broken capture raises another one."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+def _uncapturable(error: Exception) -> Uncapturable:
+    return Uncapturable(f"can't be captured in a CUDA graph: {describe(error)}")
 
 
 def open_device(name: str) -> Device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -53,11 +54,12 @@ class FakeCuda:
         self.left: Exception | None = None
         self.late: list[bool] = []
         self.replays: list[Callable[[], object]] = []
-        self.graphs = 0
+        self.graphs = self.pools = 0
         self.uncapturable = False
 
     def graph_pool_handle(self) -> str:
-        return "pool"
+        self.pools += 1
+        return f"pool {self.pools}"
 
     def Stream(self, device: torch.device) -> SimpleNamespace:
         return SimpleNamespace(wait_stream=lambda other: self.said.append("wait for stream"))
@@ -224,7 +226,7 @@ def test_a_sweep_takes_the_candidates_of_its_device(tmp_path: Path) -> None:
 def test_a_replay_is_timed_while_the_device_waits_for_it(gpu: Gpu, cuda: FakeCuda) -> None:
     replay = gpu.captured(lambda: cuda.said.append("call") or torch.ones(2), ())  # type: ignore[func-returns-value]
     assert cuda.said == [
-        "wait for stream", "call", "synchronize", "begin 0 in pool", "call", "end 0", "synchronize",
+        "wait for stream", "call", "synchronize", "begin 0 in pool 1", "call", "end 0", "synchronize",
     ]  # fmt: skip
     cuda.said.clear()
     assert gpu.replayed(replay) == 12_500
@@ -250,6 +252,18 @@ def test_what_a_replay_returns_is_a_copy_of_what_it_wrote(gpu: Gpu, cuda: FakeCu
     assert isinstance(first[0], tuple) and torch.equal(first[0][0], torch.ones(2))
     both()
     assert torch.equal(first[0][1], torch.ones(3)) and torch.equal(first[1], torch.full((2,), 2.0))  # type: ignore[arg-type]
+
+
+def test_graphs_share_a_pool_for_as_long_as_one_of_them_lives(gpu: Gpu, cuda: FakeCuda) -> None:
+    """PyTorch refuses a pool that all graphs have left."""
+    held = [gpu.captured(lambda: torch.ones(2), ()) for _ in range(2)]
+    del held[0]
+    held.append(gpu.captured(lambda: torch.ones(2), ()))
+    held.clear()
+    gc.collect()
+    gpu.captured(lambda: torch.ones(2), ())
+    begun = [said.split(" in ")[1] for said in cuda.said if said.startswith("begin")]
+    assert begun == ["pool 1", "pool 1", "pool 1", "pool 2"]
 
 
 def test_what_can_t_be_captured_is_told_by_its_first_error(gpu: Gpu, cuda: FakeCuda) -> None:
