@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -194,17 +195,18 @@ class Gpu:
         with cuda.stream(side):
             call(*args)  # what only a first call on a stream does
             cuda.synchronize(self.torch)
-            try:
-                graph.capture_begin(pool=pool)
-                output = call(*args)
-            except Exception as error:
-                with suppress(Exception):
+            with _no_collection():
+                try:
+                    graph.capture_begin(pool=pool)
+                    output = call(*args)
+                except Exception as error:
+                    with suppress(Exception):
+                        graph.capture_end()
+                    raise _uncapturable(error) from error
+                try:
                     graph.capture_end()
-                raise _uncapturable(error) from error
-            try:
-                graph.capture_end()
-            except Exception as error:
-                raise _uncapturable(error) from error
+                except Exception as error:
+                    raise _uncapturable(error) from error
         cuda.synchronize(self.torch)
         made = _Graph(graph, output, pool)
         self._graphs.add(made)
@@ -275,6 +277,18 @@ class _Graph:
 
     def again(self) -> None:
         self._graph.replay()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's garbage: freeing an old graph or event is not allowed while another one is captured."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _uncapturable(error: Exception) -> Uncapturable:

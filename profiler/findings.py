@@ -21,7 +21,7 @@ from dks.dispatch.problem import Candidate, Problem
 FAULTS = ("crashed", "timeout", "out_of_memory", "failed")
 """How a candidate that was tried can end without an answer; a wrong answer is a status of its own."""
 
-UNREAD = "measured after timing, of finalists alone"
+UNREAD = "read after timing, of finalists alone, where it is asked for"
 """Why a finding has no energy yet."""
 
 UNTIMED = "the candidate was not timed"

@@ -90,9 +90,11 @@ def environment_of(device: str) -> Environment:
 
 @lru_cache
 def _described(device: str) -> Environment:
-    done = subprocess.run(
-        [sys.executable, "-c", _DESCRIBE, device], capture_output=True, text=True, timeout=START_S, check=False
-    )
+    words = [sys.executable, "-c", _DESCRIBE, device]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=START_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise BadInput(f"device {device}: found no answer in {START_S:g} s, expected its description") from None
     try:
         found = json.loads(done.stdout)
     except ValueError:

@@ -267,9 +267,11 @@ def test_graphs_share_a_pool_for_as_long_as_one_of_them_lives(gpu: Gpu, cuda: Fa
 
 
 def test_what_can_t_be_captured_is_told_by_its_first_error(gpu: Gpu, cuda: FakeCuda) -> None:
+    collecting: list[bool] = []
     calls = iter([None, RuntimeError("a synchronisation is not permitted when stream is capturing")])
 
     def call() -> torch.Tensor:
+        collecting.append(gc.isenabled())
         if (error := next(calls)) is not None:
             cuda.uncapturable = True
             raise error
@@ -277,6 +279,7 @@ def test_what_can_t_be_captured_is_told_by_its_first_error(gpu: Gpu, cuda: FakeC
 
     with pytest.raises(Uncapturable, match="can't be captured in a CUDA graph: RuntimeError: a synchronisation"):
         gpu.captured(call, ())
+    assert collecting == [True, False] and gc.isenabled(), "garbage is not freed in the middle of a capture"
     with pytest.raises(KeyError):  # what the plain call raises is its own
         gpu.captured(lambda: {}["x"], ())
 
