@@ -170,6 +170,7 @@ class Gpu:
         self._start, self._end = (cuda.Event(enable_timing=True) for _ in range(2))
         self._hold = HOLD
         self._graphs: WeakSet[_Graph] = WeakSet()
+        self._side = cuda.Stream(self.torch)  # one for all captures: libraries keep a workspace for each stream
 
     def copies(self, size: int) -> int:
         # They take ``beyond`` and one more together, for every candidate; what would need more of them is emptied.
@@ -190,9 +191,9 @@ class Gpu:
         # Graphs share a pool: they never run at once, and each keeps the output that it writes. PyTorch takes one
         # that is in use, or a new one.
         pool = next((each.pool for each in self._graphs), None) or cuda.graph_pool_handle()
-        graph, side = cuda.CUDAGraph(), cuda.Stream(self.torch)
-        side.wait_stream(cuda.current_stream(self.torch))
-        with cuda.stream(side):
+        graph = cuda.CUDAGraph()
+        self._side.wait_stream(cuda.current_stream(self.torch))
+        with cuda.stream(self._side):
             call(*args)  # what only a first call on a stream does
             cuda.synchronize(self.torch)
             with _no_collection():
