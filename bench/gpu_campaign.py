@@ -92,16 +92,18 @@ def build(*configs: str) -> int:
     from dks.dispatch.native import build as native
     from dks.profiler.compiling import compile_for
     from dks.profiler.config import load
+    from dks.profiler.isolation import environment_of
 
     print(f"launcher: {embed.launcher()}")
     for what, (path, why) in {"cuBLASLt": cublaslt.cached(), "fast path": native.cached()}.items():
         print(f"{what}: {path or why}")
     for config in configs:
         print(config, flush=True)
-        for part in load(config).operators:
-            compile_for(
-                ((each.problem, candidate) for each in part.problems for candidate in part.candidates), print
-            )
+        sweep = load(config)
+        environment = environment_of(sweep.device)
+        for part in sweep.operators:
+            pairs = ((each.problem, candidate) for each in part.problems for candidate in part.candidates)
+            compile_for(pairs, print, environment)
     return 0
 
 

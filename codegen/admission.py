@@ -6,16 +6,20 @@ from dks.codegen.policy import Policy
 from dks.dispatch import pool
 from dks.dispatch.evidence import Measurement
 from dks.dispatch.kernel import Kernel
+from dks.dispatch.modes import EAGER, eager_form, form_in
 from dks.dispatch.problem import Candidate, Problem
 
 FAILED = ("wrong_result", "failed", "crashed", "timeout", "out_of_memory", "excluded", "unsupported")
 """Statuses with which a candidate may not serve a bin; ``unavailable`` says nothing about the shape."""
 
 
-def forms(op: str) -> tuple[str, ...]:
-    """``prepared`` is a choice of its own only where some kernel packs the weight."""
+def forms(op: str, mode: str = EAGER) -> tuple[str, ...]:
+    """What a call of an operator may be in a mode, the form that a model calls it in first.
+
+    ``prepared`` is a choice of its own only where some kernel packs the weight.
+    """
     packs = any(kernel.form for kernel in pool.kernels_for(op))
-    return ("prepared", "direct") if packs else ("direct",)
+    return tuple(form_in(mode, form) for form in (("prepared", "direct") if packs else ("direct",)))
 
 
 def is_timed(row: Measurement | None) -> bool:
@@ -30,7 +34,7 @@ def exclusion(policy: Policy, problem: Problem, form: str, row: Measurement) -> 
         return "not timed, or its error is not known"
     if row.error > policy.max_error:
         return f"error above the budget of {policy.max_error:g}"
-    if form == "direct" and kernel.form:
+    if eager_form(form) == "direct" and kernel.form:
         return "packs its weight: prepared calls alone"
     if policy.objective == "memory" and row.form_bytes:
         return "packs its weight, and the objective is memory"

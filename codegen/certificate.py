@@ -25,6 +25,7 @@ from dks.codegen.policy import Policy
 from dks.dispatch import pool
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import FEWEST_CLEAN, Measurement, paired
+from dks.dispatch.modes import EAGER, GRAPH, MODES, mode_of
 from dks.dispatch.problem import Problem
 from dks.dispatch.table import Table
 
@@ -42,7 +43,7 @@ class Shape:
 
     Attributes:
         problem: ``Problem.id``.
-        form: ``prepared`` or ``direct``.
+        form: ``prepared`` or ``direct``, and in graphs ``prepared_graph`` or ``direct_graph``.
         chosen: what the table would run; the default where the lookup misses.
         hit: whether the lookup hit.
         best: the best candidate among the chosen one, the default, and those that the policy admits on this
@@ -97,9 +98,9 @@ class Certificate:
 
     Attributes:
         overall: of all shapes; None where there is nothing to say, and ``note`` says why.
-        operators: the same by operator, and by operator and form (``linear prepared``) where it has two.
+        operators: the same by operator, and by operator and form (``linear prepared``) where it has several.
         weighted: regret of the total time, each shape weighted by its traffic, in the form that a model calls
-            it in (prepared where there is a choice); None where no weight is known.
+            it in (prepared where there is a choice; eager where that was measured); None where no weight is known.
         shapes: every held-out shape in every form.
     """
 
@@ -125,30 +126,35 @@ class Certificate:
         return {"certificate": found, "certificate_note": ""}
 
 
-def certify(table: Table, held_out: Mapping[Problem, Sequence[Measurement]], policy: Policy) -> Certificate:
+def certify(
+    table: Table, held_out: Mapping[str, Mapping[Problem, Sequence[Measurement]]], policy: Policy
+) -> Certificate:
     """Judge ``table`` by held-out shapes. A pure function: neither the order of shapes nor of rows matters.
 
     Args:
-        held_out: rows by problem, the default's among them.
+        held_out: by mode, rows by problem, the default's among them.
     """
-    if not held_out or policy.objective == "energy":
-        return Certificate(note=NO_JOULES if held_out else NO_SHAPES)
+    asked = {p: [mode for mode in MODES if p in held_out.get(mode, {})] for each in held_out.values() for p in each}
+    if not asked or policy.objective == "energy":
+        return Certificate(note=NO_JOULES if asked else NO_SHAPES)
     groups = {group.key: index for index, group in enumerate(table.groups)}
     shapes = []
-    for problem in sorted(held_out, key=lambda p: p.id):
-        for form in forms(problem.op):
-            chosen, hit = _look_up(table, groups, problem, form)
-            shape = Shape(problem.id, form, chosen, hit)
-            shapes.append(_judge(shape, problem, held_out[problem], policy))
+    for problem in sorted(asked, key=lambda p: p.id):
+        for mode in asked[problem]:
+            for form in forms(problem.op, mode):
+                chosen, hit = _look_up(table, groups, problem, form)
+                shape = Shape(problem.id, form, chosen, hit)
+                shapes.append(_judge(shape, problem, held_out[mode][problem], policy))
     judged = [shape for shape in shapes if shape.regret is not None]
     if not judged:
-        note = f"none of {len(held_out)} held-out shapes can be judged; the first: {shapes[0].note}"
+        note = f"none of {len(asked)} held-out shapes can be judged; the first: {shapes[0].note}"
         return Certificate(shapes=tuple(shapes), note=note)
     parts: dict[str, list[Shape]] = defaultdict(list)
+    several = {op for op in {p.op for p in asked} if len({s.form for s in shapes if _op(s) == op}) > 1}
     for shape in judged:
-        op = Problem.parse(shape.problem).op
+        op = _op(shape)
         parts[op].append(shape)
-        if len(forms(op)) > 1:
+        if op in several:
             parts[f"{op} {shape.form}"].append(shape)
     operators = {name: _summary(parts[name]) for name in sorted(parts)}
     return Certificate(_summary(judged), operators, _weighted(judged), tuple(shapes), "")
@@ -287,9 +293,15 @@ def _geomean(judged: Sequence[Shape]) -> list[float | None]:
     return [value, round(math.expm1(low), 6), round(math.expm1(high), 6)]
 
 
+def _op(shape: Shape) -> str:
+    return Problem.parse(shape.problem).op
+
+
 def _weighted(judged: Sequence[Shape]) -> float | None:
-    """Total time of what would run / that of the best, less 1, each shape as often as traffic has it."""
-    called = [shape for shape in judged if shape.form == forms(Problem.parse(shape.problem).op)[0]]
+    """Total time of what would run / that of the best, less 1, each shape as often as traffic has it: once, in the
+    mode and form that a model calls it in."""
+    mode = EAGER if any(mode_of(shape.form) == EAGER for shape in judged) else GRAPH
+    called = [shape for shape in judged if shape.form == forms(_op(shape), mode)[0]]
     best = math.fsum(shape.weight * shape.best_us for shape in called)
     chosen = math.fsum(shape.weight * shape.best_us * (1.0 + _regret(shape)) for shape in called)
     return round(chosen / best - 1.0, 6) if best > 0.0 else None

@@ -215,6 +215,7 @@ def explain(out: Path, op: str, arguments: tuple[str, ...]) -> int:
     \b
     dks-codegen explain out linear m=17 n=384 k=384
     dks-codegen explain out linear m=17 n=384 k=384 dtype=bfloat16 align=16
+    dks-codegen explain out linear m=17 n=384 k=384 mode=graph
     """
     asked: dict[str, int | str] = {}
     for argument in arguments:

@@ -52,10 +52,11 @@ class Comparisons:
         return self._pairs[key]
 
     def value(self, peer: Measurement, ours: Measurement) -> float:
-        """The ratio alone; NaN where they share no round.
+        """The ratio alone; NaN where they share no round, or the joules of ``ours`` were not read: it was dropped
+        before they were.
 
         Raises:
-            BadInput: the objective is energy, and joules were not measured.
+            BadInput: the objective is energy, and the joules of ``peer`` were not measured.
         """
         if self._objective == "energy":
             return _joules(peer, ours)
@@ -88,7 +89,9 @@ class Comparisons:
 
 
 def _joules(peer: Measurement, ours: Measurement) -> float:
-    if peer.energy_j is None or ours.energy_j is None:
-        note = peer.energy_note or ours.energy_note
-        raise BadInput(f"objective energy: found no measured joules ({note}), expected them in every row")
-    return peer.energy_j / ours.energy_j
+    if peer.energy_j is None:
+        raise BadInput(
+            f"objective energy: found no measured joules of {peer.candidate} ({peer.energy_note}), expected the "
+            "default's at least; on a GPU, measure with energy: true"
+        )
+    return peer.energy_j / ours.energy_j if ours.energy_j else math.nan

@@ -57,7 +57,7 @@ def ship_programs(programs: Sequence[Program], isa: str, package: Path) -> None:
     if not programs:
         return
     try:
-        arch = measuring.arch_for(int(isa.removeprefix("sm_")))
+        arch = measuring.arch_for(measuring.capability_of(isa))
         failed = gpu_compile.build(programs, (arch,))
         if failed:
             raise Missing(next(iter(failed.values())))

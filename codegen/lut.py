@@ -31,7 +31,7 @@ class Evidence:
     Attributes:
         candidate: what was chosen.
         problem: id of the problem that was measured.
-        form: ``prepared`` or ``direct``.
+        form: ``prepared`` or ``direct``; in graphs ``prepared_graph`` or ``direct_graph``.
         reason: one sentence.
         median_us: of the chosen candidate; default_us: of the framework's own kernel.
         ratio: default / chosen: value and ends of the 95 % interval (null: too few rounds to say).
@@ -92,7 +92,8 @@ class Lut:
 
     Attributes:
         rules: one a measured problem and form, in the order the cells name them.
-        expected_us: by activation dtype, expected time of one model call over the shared problems.
+        expected_us: by activation dtype, expected time of one model call over the shared problems, in the mode that
+            was measured first: eager, where it was.
         certificate: what the choices are worth on shapes that none of them was made from.
         few: where more candidates were ahead than the policy's ``max_kernels``.
     """

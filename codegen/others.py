@@ -91,6 +91,7 @@ def _behind(bout: Bout, contender: Contender, policy: Policy) -> tuple[int, str]
 
 def _excluded(problem: Problem, form: str, row: Measurement, policy: Policy) -> tuple[int, str]:
     if row.status == "ok":
-        why = exclusion(policy, problem, form, row)
-        return 9, why or "not comparable: it shares no round with the default"
+        unread = policy.objective == "energy" and row.energy_j is None
+        said = "its joules were not read" if unread else "it shares no round with the default"
+        return 9, exclusion(policy, problem, form, row) or f"not comparable: {said}"
     return (10 if row.status != "unavailable" else 11), f"{row.status}: {row.reason}" if row.reason else row.status

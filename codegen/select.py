@@ -24,6 +24,7 @@ from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, environment_of
 from dks.dispatch.kernel import source_digest
+from dks.dispatch.modes import EAGER, GRAPH, MODES, mode_of
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.table import Group
 
@@ -40,43 +41,52 @@ def select(rows: Iterable[Measurement], policy: Policy) -> Lut:
         BadInput: rows of several environments, of kernels or operators that this version does not have, the
             same problem measured twice or in two roles, or held-out shapes alone.
     """
-    by_problem = _by_problem(rows)
-    environment = _one_environment(by_problem)
-    roles = {problem: _role(problem, measured) for problem, measured in by_problem.items()}
-    held_out = {problem: by_problem[problem] for problem, role in roles.items() if role == HELD_OUT}
-    if len(held_out) == len(by_problem):
+    measured = _by_mode(rows)
+    environment = _one_environment(measured)
+    roles = {mode: {p: _role(p, of) for p, of in found.items()} for mode, found in measured.items()}
+    held_out = {
+        mode: {p: found[p] for p, role in roles[mode].items() if role == HELD_OUT}
+        for mode, found in measured.items()
+    }
+    grids = {mode: _grids(found) for mode, found in roles.items()}
+    if not any(grids.values()):
         raise BadInput(
             "measurements: found held-out shapes alone, expected at least one bin; finish the sweep, or name "
             "the run directory that holds the bins too"
         )
-    grids = _grids(roles)
-    barred = _barred(grids, held_out, policy)
-    # Both forms ask for many of the same ratios.
-    compared: dict[Problem, Comparisons] = defaultdict(lambda: Comparisons(policy.objective))
+    barred = {mode: _barred(grids[mode], held_out[mode], policy) for mode in measured}
+    # Both forms ask for many of the same ratios; a mode has rows, and so ratios, of its own.
+    compared: dict[tuple[str, Problem], Comparisons] = defaultdict(lambda: Comparisons(policy.objective))
+
+    def given(problem: Problem, form: str) -> tuple[Sequence[Measurement], dict[str, str] | None, Comparisons]:
+        """What a form of a problem is chosen by: rows of its mode alone."""
+        mode = mode_of(form)
+        return measured[mode][problem], barred[mode].get(problem), compared[mode, problem]
 
     def rule(problem: Problem, form: str, among: Collection[str] | None = None) -> Evidence:
-        rows = [row for row in by_problem[problem] if among is None or row.candidate in among]
-        return choose(problem, form, rows, policy, barred.get(problem), compared[problem])
+        rows, out, ratios = given(problem, form)
+        kept = [row for row in rows if among is None or row.candidate in among]
+        return choose(problem, form, kept, policy, out, ratios)
 
     def spent(problem: Problem, form: str) -> Costs:
-        return costs(problem, form, by_problem[problem], policy, barred.get(problem), compared[problem])
+        rows, out, ratios = given(problem, form)
+        return costs(problem, form, rows, policy, out, ratios)
 
     evidence: list[Evidence] = []
-    groups = [_group(key, form, grid, rule, evidence) for key, grid in grids.items() for form in forms(key[0])]
+    groups = [
+        _group(key, form, grid, rule, evidence)
+        for mode, found in grids.items()
+        for key, grid in found.items()
+        for form in forms(key[0], mode)
+    ]
     rules, few = keep_few(evidence, spent, rule, policy.max_kernels)
     kept = {(each.op, each.form, each.dtype): each.after for each in few}
 
     def explained(made: Evidence) -> Evidence:
         problem = Problem.parse(made.problem)
-        told = others(
-            made,
-            by_problem[problem],
-            policy,
-            barred.get(problem),
-            compared[problem],
-            kept.get((problem.op, made.form, problem.trait("dtype"))),
-        )
-        return replace(made, others=told)
+        rows, out, ratios = given(problem, made.form)
+        serving = kept.get((problem.op, made.form, problem.trait("dtype")))
+        return replace(made, others=others(made, rows, policy, out, ratios, serving))
 
     rules = tuple(map(explained, rules))
     lut = Lut(environment, policy, rules, tuple(groups), _expected(groups, rules), few=few)
@@ -92,9 +102,10 @@ def _role(problem: Problem, rows: Sequence[Measurement]) -> str:
     return found[0]
 
 
-def _by_problem(rows: Iterable[Measurement]) -> dict[Problem, list[Measurement]]:
-    by_problem: dict[Problem, list[Measurement]] = defaultdict(list)
-    seen: set[tuple[str, str]] = set()
+def _by_mode(rows: Iterable[Measurement]) -> dict[str, dict[Problem, list[Measurement]]]:
+    """The rows of each problem in each mode that any was measured in, eager first."""
+    found: dict[str, dict[Problem, list[Measurement]]] = {mode: defaultdict(list) for mode in MODES}
+    seen: set[tuple[str, str, str]] = set()
     kernels = pool.kernels()
     digests = {id: source_digest(kernel) for id, kernel in kernels.items()}
     for row in rows:
@@ -105,21 +116,22 @@ def _by_problem(rows: Iterable[Measurement]) -> dict[Problem, list[Measurement]]
             )
         if why := _unknown(row):
             raise BadInput(f"{row.problem}: found {why}, expected what this version declares; measure again")
-        if (row.problem, row.candidate) in seen:
+        if (row.problem, row.candidate, row.mode) in seen:
+            how = "" if row.mode == EAGER else f" in {row.mode} mode"
             raise BadInput(
-                f"{row.problem}: found two measurements of {row.candidate}, expected one; give each problem's "
+                f"{row.problem}: found two measurements of {row.candidate}{how}, expected one; give each problem's "
                 "run once"
             )
-        seen.add((row.problem, row.candidate))
+        seen.add((row.problem, row.candidate, row.mode))
         if row.kernel_digest != digests[Candidate.parse(row.candidate).kernel]:
             raise BadInput(
                 f"{row.problem}: found {row.candidate} measured with another source than this version's, "
                 "expected the same; run dks-profile again, which measures only what changed"
             )
-        by_problem[Problem.parse(row.problem)].append(row)
-    if not by_problem:
+        found[row.mode][Problem.parse(row.problem)].append(row)
+    if not seen:
         raise BadInput("measurements: found none, expected at least one problem")
-    return dict(by_problem)
+    return {mode: dict(by_problem) for mode, by_problem in found.items() if by_problem}
 
 
 def _unknown(row: Measurement) -> str:
@@ -141,8 +153,8 @@ def _unknown(row: Measurement) -> str:
     return "" if names in declared else f"parameters of {row.candidate}"
 
 
-def _one_environment(by_problem: dict[Problem, list[Measurement]]) -> Environment:
-    texts = {row.environment: row for rows in by_problem.values() for row in rows}
+def _one_environment(measured: Mapping[str, Mapping[Problem, Sequence[Measurement]]]) -> Environment:
+    texts = {row.environment: row for found in measured.values() for rows in found.values() for row in rows}
     found = [environment_of(row) for row in texts.values()]
     for other in found[1:]:
         raise BadInput(
@@ -206,10 +218,15 @@ def _group(
 
 def _expected(groups: Sequence[Group], evidence: Sequence[Evidence]) -> dict[str, float]:
     """Expected microseconds of one model call by activation dtype: weight x chosen time, over the problems
-    that were measured in every dtype. Says in which dtype a model that may run in either should run."""
+    that were measured in every dtype. Says in which dtype a model that may run in either should run.
+
+    A model is called in one mode and each operator in one form: eager where that was measured, else in graphs, so
+    that no problem counts twice.
+    """
+    mode = EAGER if any(mode_of(group.form) == EAGER for group in groups) else GRAPH
     totals: dict[str, dict[tuple[object, ...], float]] = defaultdict(dict)
     for group in groups:
-        if group.form != forms(group.op)[0]:
+        if group.form != forms(group.op, mode)[0]:
             continue
         traits = dict(group.traits)
         dtype = traits.pop("dtype")

@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.intervals import Interval, block_ratio
+from dks.dispatch.modes import EAGER, MODES
 from dks.dispatch.plain import in_words, parse_json
 from dks.dispatch.problem import Candidate, Precision, Problem
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_FILE_BYTES = 64 * 2**20  # a problem's rows take kilobytes; anything near this is not ours
 MAX_FOOTER_BYTES = 2**20  # so many columns, at some 100 bytes each, are refused before they are parsed
 MAX_ROWS = 100_000  # candidates of one problem
@@ -93,6 +94,8 @@ class Measurement:
         kernel_digest: digest of the kernel's source.
         environment: JSON of ``Environment``.
         measured_at: ISO 8601 UTC, for people; nothing is computed from it.
+        mode: how the call was executed, eager or graph; see ``dks.dispatch.modes``. Rows of the two modes share no
+            rounds. Files of schema version 2 do not have it, and all of their rows are eager.
     """
 
     op: str
@@ -127,6 +130,7 @@ class Measurement:
     kernel_digest: str
     environment: str
     measured_at: str
+    mode: str = EAGER
 
 
 def clean_samples(row: Measurement) -> list[int]:
@@ -172,6 +176,8 @@ def _arrow_type(annotation: str) -> pa.DataType:
 SCHEMA = pa.schema(
     [pa.field(f.name, _arrow_type(str(f.type)), nullable="None" in str(f.type)) for f in fields(Measurement)]
 )
+_COLUMNS = {"2": pa.schema([field for field in SCHEMA if field.name != "mode"]), str(SCHEMA_VERSION): SCHEMA}
+"""Of every version that reads."""
 _VERSION_KEY = b"dks.schema"
 _VERSION = re.compile(rb"dks\.schema\x18.([0-9]+)")  # as the footer has it: Thrift's compact protocol
 _METADATA = frozenset({_VERSION_KEY, b"ARROW:schema"})
@@ -254,9 +260,10 @@ def read_rows(path: Path) -> list[Measurement]:
         metadata = pq.read_metadata(pa.BufferReader(data))
         _check_size(path, metadata)
         _check_schema(path, metadata.metadata or {}, metadata.schema.to_arrow_schema())
-        table = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=_TEXTS).read()
+        texts = [name for name in _TEXTS if name in metadata.schema.names]
+        table = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts).read()
         table.validate(full=True)
-        _check_expanded(path, table)
+        _check_expanded(path, table, texts)
     except BadInput:
         raise
     except Exception as error:  # a damaged file makes the reader raise whatever it meets
@@ -295,7 +302,7 @@ def _check_digest(path: Path, data: bytes) -> None:
     if _VERSION_KEY not in footer:
         raise BadInput(f"{path}: found Parquet without a dks schema version, expected measurements")
     version = _VERSION.search(footer)
-    if version and version[1] != str(SCHEMA_VERSION).encode():
+    if version and version[1].decode() not in _COLUMNS:
         raise _other_version(path, version[1])
     raise BadInput(
         f"{path}: found bytes that differ from their digest, expected them as they were written; delete "
@@ -319,10 +326,10 @@ def _check_size(path: Path, metadata: pq.FileMetaData) -> None:
             raise BadInput(f"{path}: found {found} {what}, expected at most {most}")
 
 
-def _check_expanded(path: Path, table: pa.Table) -> None:
+def _check_expanded(path: Path, table: pa.Table, texts: Sequence[str]) -> None:
     """That rows are no larger than files, before they become Python's: what is stored once may stand in each."""
     size = table.nbytes
-    for name in _TEXTS:
+    for name in texts:
         for chunk in table.column(name).chunks:
             lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
             size += pc.sum(lengths.cast(pa.int64())).as_py() or 0
@@ -370,7 +377,7 @@ def _refuse_unfinished(folder: Path) -> None:
 
 def _other_version(path: Path, version: bytes) -> BadInput:
     return BadInput(
-        f"{path}: found schema version {ascii(version[:20])[2:-1]}, expected {SCHEMA_VERSION}; "
+        f"{path}: found schema version {ascii(version[:20])[2:-1]}, expected {' or '.join(_COLUMNS)}; "
         "measure again with this version of dks-profile, or use the version that wrote it"
     )
 
@@ -380,12 +387,13 @@ def _check_schema(path: Path, metadata: Mapping[bytes, bytes], schema: pa.Schema
     version = metadata.get(_VERSION_KEY)
     if version is None:
         raise BadInput(f"{path}: found Parquet without a dks schema version, expected measurements")
-    if version != str(SCHEMA_VERSION).encode():
+    columns = _COLUMNS.get(version.decode("latin-1"))
+    if columns is None:
         raise _other_version(path, version)
     if odd := sorted(set(metadata) - _METADATA):
         raise BadInput(f"{path}: found metadata {odd[0][:40]!r}, expected none but dks.schema")
-    if not schema.equals(SCHEMA, check_metadata=False):
-        names = set(map(str, schema)) ^ set(map(str, SCHEMA))
+    if not schema.equals(columns, check_metadata=False):
+        names = set(map(str, schema)) ^ set(map(str, columns))
         raise BadInput(f"{path}: found other columns than expected: {ascii(', '.join(sorted(names)[:6]))[1:400]}")
 
 
@@ -398,7 +406,7 @@ def _check_row(row: Measurement) -> None:
         raise ValueError(f"status: found {row.status!r}, expected one of {', '.join(STATUSES)}")
     if not (math.isfinite(row.weight) and row.weight >= 0):
         raise ValueError(f"weight: found {row.weight}, expected a finite number >= 0")
-    for name, allowed in (("role", ROLES), ("cache", CACHES), ("precision", PRECISIONS)):
+    for name, allowed in (("role", ROLES), ("cache", CACHES), ("precision", PRECISIONS), ("mode", MODES)):
         if getattr(row, name) not in allowed:
             raise ValueError(f"{name}: found {getattr(row, name)!r}, expected one of {', '.join(allowed)}")
     for name in ("median_ns", "median_low_ns", "median_high_ns", "p99_ns", "energy_j", "form_bytes"):

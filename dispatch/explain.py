@@ -13,6 +13,7 @@ from typing import Any
 from dks.dispatch import pool
 from dks.dispatch.bins import Bins
 from dks.dispatch.choice import Choice
+from dks.dispatch.modes import EAGER, MODES, eager_form, form_in, mode_of
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.reasons import HITS, REASONS
 from dks.dispatch.table import NEAREST_REACH, Group, Match, Miss, Rule, Table, find
@@ -45,8 +46,14 @@ class Known:
 @dataclass(frozen=True, slots=True)
 class _Question:
     form: str
+    mode: str
     align: int
     problem: Problem
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Of the groups that may answer, in the order that a call asks them in; see ``modes.plan``."""
+        return tuple(dict.fromkeys((form_in(self.mode, self.form), self.form)))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -59,7 +66,7 @@ class _Question:
 
     def __str__(self) -> str:
         traits = ",".join(f"{name}={value}" for name, value in self.problem.traits)
-        return f"{self.problem.op}[{traits}] with {self.statics} ({self.form})"
+        return f"{self.problem.op}[{traits}] with {self.statics} ({self.form}{_in_mode(self.mode)})"
 
 
 def explain(op: str, asked: Mapping[str, int | str], align: int, known: Known) -> Choice:
@@ -68,13 +75,13 @@ def explain(op: str, asked: Mapping[str, int | str], align: int, known: Known) -
     question, zero = _question(op, asked, align, known.table)
     if known.refused is not None:
         return Choice(op, operator.default, "default", f"the table is refused: {known.refused}")
-    group = _group(known.table, question)
+    group = next(filter(None, (_group(known.table, question, form) for form in question.forms)), None)
     if group is None:
         return Choice(op, operator.default, "default", f"no entry for {question}; {_held(op, known.table)}")
     if zero:
         return Choice(op, operator.default, "default", REASONS["zero_sized"])
     code = find(group, known.table.rules, question.sizes, align)
-    where = _where(group, question)
+    where = (*_mode(group, question), *_where(group, question))
     if code < 0:
         miss = Miss(-1 - code)
         return Choice(op, operator.default, "default", _why_missed(miss, group, question, known.table), None, where)
@@ -96,7 +103,7 @@ def _question(op: str, asked: Mapping[str, int | str], align: int, table: Table)
     if isinstance(align, bool) or not isinstance(align, int) or align < 1 or align & (align - 1):
         raise ValueError(f"{op}: found align={align!r}, expected a power of two")
     operator = pool.operator(op)
-    known = {*operator.dims, *operator.traits, "form"}
+    known = {*operator.dims, *operator.traits, "form", "mode"}
     if odd := sorted(set(asked) - known):
         raise ValueError(f"{op}: found {', '.join(odd)}, expected names among {', '.join(sorted(known))}")
     if missing := [name for name in operator.dims if name not in asked]:
@@ -115,19 +122,22 @@ def _question(op: str, asked: Mapping[str, int | str], align: int, table: Table)
         traits[name] = str(asked.get(name, values.pop() if len(values) == 1 else allowed[0]))
         if traits[name] not in allowed:
             raise ValueError(f"{op}: found {name}={traits[name]}, expected {' or '.join(allowed)}")
-    forms = {group.form for group in held}
+    forms = {eager_form(group.form) for group in held}
     prepared = "prepared" in forms or (not forms and hasattr(operator.server, "prepare"))
     form = str(asked.get("form", "prepared" if prepared else "direct"))
     if form not in ("prepared", "direct"):
         raise ValueError(f"{op}: found form={form}, expected prepared or direct")
+    mode = str(asked.get("mode", EAGER))
+    if mode not in MODES:
+        raise ValueError(f"{op}: found mode={mode}, expected {' or '.join(MODES)}")
     zeros = [name for name in operator.dynamic if dims[name] == 0]
     problem = Problem.of(op, traits, {**dims, **dict.fromkeys(zeros, 1)})
-    return _Question(form, align, problem), bool(zeros)
+    return _Question(form, mode, align, problem), bool(zeros)
 
 
-def _group(table: Table, question: _Question) -> Group | None:
+def _group(table: Table, question: _Question, form: str) -> Group | None:
     statics = tuple(question.statics.items())
-    key = (question.problem.op, question.form, question.problem.traits, statics)
+    key = (question.problem.op, form, question.problem.traits, statics)
     return next((group for group in table.groups if group.key == key), None)
 
 
@@ -152,6 +162,20 @@ def _why_missed(miss: Miss, group: Group, question: _Question, table: Table) -> 
         rule = table.rules[code >> 2]
         return f"{why}: {rule.candidate} needs {rule.align} bytes, the call has {question.align}"
     return why
+
+
+def _in_mode(mode: str) -> str:
+    return "" if mode == EAGER else f", {mode} mode"
+
+
+def _mode(group: Group, question: _Question) -> Story:
+    """Whose evidence it is, where a mode was asked for."""
+    if question.mode == EAGER:
+        return ()
+    own = mode_of(group.form) == question.mode
+    return (
+        ("mode", question.mode if own else f"{question.mode}: not measured, so the choice is that of eager mode"),
+    )
 
 
 def _where(group: Group, question: _Question) -> Story:

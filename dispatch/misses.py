@@ -162,7 +162,7 @@ def plan(misses: Iterable[Missed], table: Table, others: int = 0, most: int = MO
 
 
 def _group(table: Table, problem: Problem) -> Group | None:
-    """The table's group of these traits and static dims, in either form: both have the same grid."""
+    """The table's first group of these traits and static dims: forms have the same grid, eager ones come first."""
     statics = tuple((name, problem.dim(name)) for name in pool.operator(problem.op).static)
     wanted = (problem.op, problem.traits, statics)
     return next((g for g in table.groups if (g.op, g.traits, g.statics) == wanted), None)

@@ -257,8 +257,9 @@ class Runtime:
         Args:
             op: the operator.
             align: bytes that divide every pointer and row stride of the call.
-            **asked: every dim (``m=17``), and any trait (``dtype="bfloat16"``) or ``form``; a trait that is
-                left out takes the value the table holds where that is one, else the operator's first.
+            **asked: every dim (``m=17``), and any trait (``dtype="bfloat16"``), ``form``, or ``mode`` (``"graph"``
+                for a call in a CUDA graph); a trait that is left out takes the value the table holds where that
+                is one, else the operator's first.
 
         Raises:
             KeyError: an unknown operator.

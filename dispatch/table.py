@@ -55,7 +55,8 @@ class Group:
     """All choices of one (operator, form, traits, static dims).
 
     Attributes:
-        form: ``prepared`` (weights packed ahead) or ``direct`` (the caller's own tensors).
+        form: ``prepared`` (weights packed ahead) or ``direct`` (the caller's own tensors); for calls in CUDA graphs
+            ``prepared_graph`` or ``direct_graph``, see ``dks.dispatch.modes``.
         traits: (name, value) pairs sorted by name.
         statics: (name, size) pairs in the operator's order.
         edges: upper edges of the bins, one sequence a dynamic dim, in the operator's order.

@@ -11,22 +11,24 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
 
 from dks.dispatch import pool
 from dks.dispatch.kernel import Inputs, Launch, Output, parts, source_digest
+from dks.dispatch.modes import EAGER, GRAPH, MODES
 from dks.dispatch.problem import Candidate, Precision, Problem
-from dks.profiler.check import Checker
-from dks.profiler.device import Device, Host, moved
-from dks.profiler.findings import Finding, Round, rounds_from_json, rounds_to_json
-from dks.profiler.interference import Watch, default_sources
+from dks.profiler.check import Checker, Verdict
+from dks.profiler.device import Device, Host, Replay, Uncapturable, moved
+from dks.profiler.findings import UNREAD, Finding, Round, rounds_from_json, rounds_to_json
+from dks.profiler.interference import Watch
 from dks.profiler.timing import Entrants, ImpossibleTime, StoppingRule, race
 from dks.profiler.trial import describe, is_out_of_memory
 
-MAX_COPIES = 8
-ENERGY_S = 0.3  # of repeated calls, for one reading of an energy counter
+LATE = 10  # replays in a row whose time the host had a part in
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class Job:
         rounds: what earlier visits brought.
         until: ``time.monotonic`` at which to stop whatever is known; None is never.
         before, after: the model's neighbouring operators, in the order they run, for the pipeline state.
+        mode: how the candidates' calls are executed.
         recheck: whether outputs are compared once more with the reference after timing.
     """
 
@@ -50,10 +53,11 @@ class Job:
     before: tuple[Problem, ...] = ()
     after: tuple[Problem, ...] = ()
     recheck: bool = True
+    mode: str = EAGER
 
     def to_json(self) -> dict[str, Any]:
         """As it goes to a worker."""
-        data = {name: getattr(self, name) for name in ("names", "process", "until", "recheck")}
+        data = {name: getattr(self, name) for name in ("names", "process", "until", "recheck", "mode")}
         data |= {"problem": self.problem.id, "rule": asdict(self.rule), "rounds": rounds_to_json(self.rounds)}
         data |= {name: [p.id for p in getattr(self, name)] for name in ("before", "after")}
         return data
@@ -71,6 +75,7 @@ class Job:
             before=tuple(map(Problem.parse, data["before"])),
             after=tuple(map(Problem.parse, data["after"])),
             recheck=data["recheck"],
+            mode=data["mode"],
         )
 
 
@@ -103,35 +108,68 @@ class Bench:
         self._seed, self._cache, self._in_flight = seed, cache, in_flight
         self._rng = random.Random(seed)
         self._checker = Checker(seed, self._device.torch)
-        self._watch = Watch(default_sources(torch.get_num_threads()))
+        self._watches = {mode: Watch(self._device.sources(mode)) for mode in MODES}
         self._group: tuple[object, ...] = ()
         self._weights: list[tuple[Any, ...]] = []
+        self._shared = False
         self._bound: dict[str, list[Bound]] = {}
 
-    def check(self, problem: Problem, candidate: Candidate) -> tuple[Finding, bool]:
+    def check(self, problem: Problem, candidate: Candidate, mode: str = EAGER) -> tuple[Finding, bool]:
         """What is found of one candidate, and whether it left the process unfit for others.
 
-        Nothing a kernel raises escapes.
+        Nothing a kernel raises escapes; what it left to be raised later is waited for, so that it is charged to it.
         """
-        verdict = self._checker.check(problem, candidate)
         finding = Finding(
-            verdict.status,
-            verdict.reason,
-            dict(verdict.errors),
-            verdict.stable,
-            energy_note=self._device.no_energy() or "measured after timing, of finalists alone",
+            energy_note=self._device.no_energy() or UNREAD,
             digest=source_digest(pool.kernels()[candidate.kernel]),
         )
-        finding.errors = {name: error for name, error in finding.errors.items() if math.isfinite(error)}
-        if verdict.status == "ok":
-            inputs = self._inputs(problem, 0)
-            self._hold_weights(problem, inputs)
-            try:
-                run = self._bind(problem, candidate)[0].run
-                finding.peak_bytes, finding.peak_note = self._device.peak_memory(lambda: run(*inputs.dynamic))
-            except Exception as error:  # a kernel may raise anything
-                finding.status, finding.reason = raised(error), describe(error)
-        return finding, verdict.poisoned
+        try:
+            verdict = self._checker.check(problem, candidate)
+            self._device.settle()
+            self._note(finding, verdict)
+            if verdict.status == "ok":
+                verdict = self._try_out(problem, candidate, mode, finding)
+        except RaisedByKernel as error:
+            charged = self._charged(error.error, "")
+            finding.status, finding.reason = charged.status, charged.reason
+            return finding, finding.status == "crashed" or isinstance(error.error, Uncapturable)
+        except Exception as error:
+            # Whatever came first to the device after the call that broke it; any other is a fault of ours.
+            if not (why := self._device.lost(error)):
+                raise
+            finding.status, finding.reason = "crashed", why
+            return finding, True
+        return finding, verdict.poisoned or finding.status == "crashed"
+
+    def _charged(self, error: Exception, where: str) -> Finding:
+        """What is found of a candidate that raised."""
+        if why := self._device.lost(error):
+            return Finding("crashed", where + why)
+        return Finding("out_of_memory" if is_out_of_memory(error) else "failed", where + describe(error))
+
+    def _try_out(self, problem: Problem, candidate: Candidate, mode: str, finding: Finding) -> Verdict:
+        """Run a candidate that is right as it will be timed: once, for its memory, and in a graph where it is meant
+        for one. What it raises comes as RaisedByKernel."""
+        inputs = self._inputs(problem, 0)
+        self._hold_weights(problem, inputs)
+        verdict = Verdict()
+        try:
+            bound = self._bind(problem, candidate)[0]
+            found = self._device.peak_memory(lambda: bound.run(*inputs.dynamic))
+            finding.peak_bytes, finding.peak_note = found
+            run = self._device.captured(bound.run, inputs.dynamic) if mode == GRAPH else None
+        except Exception as error:  # a kernel may raise anything
+            raise RaisedByKernel(candidate.id, error) from error
+        if run is not None:  # a replay must read what its inputs hold by then
+            verdict = self._checker.recheck(problem, candidate, run, bound.static, inputs.dynamic)
+            self._device.settle()
+            self._note(finding, verdict)
+        return verdict
+
+    def _note(self, finding: Finding, verdict: Verdict) -> None:
+        finding.status, finding.reason = verdict.status, verdict.reason
+        finding.errors |= {name: error for name, error in verdict.errors.items() if math.isfinite(error)}
+        finding.stable = verdict.stable if finding.stable is None else finding.stable and verdict.stable
 
     def time(self, job: Job) -> Iterator[list[Round] | tuple[str, Finding]]:
         """Time a problem. Yields rounds as they come, and findings of candidates that did not stay right.
@@ -146,10 +184,7 @@ class Bench:
         try:
             kernels = _Kernels(self, job, inputs)
         except RaisedByKernel as error:
-            yield (
-                error.name,
-                Finding(raised(error.error), f"while it was bound to be timed: {describe(error.error)}"),
-            )
+            yield error.name, self._charged(error.error, "while it was bound to be timed: ")
             return
         rounds = list(job.rounds)
         names = job.names
@@ -165,7 +200,7 @@ class Bench:
             yield impossible(error)
             return
         except RaisedByKernel as error:
-            yield error.name, Finding(raised(error.error), f"while it was timed: {describe(error.error)}")
+            yield error.name, self._charged(error.error, "while it was timed: ")
             return
         finally:
             gc.enable()
@@ -175,19 +210,38 @@ class Bench:
             self._in_flight(name)
             bound = self._bound[name][0]
             candidate = Candidate.parse(name)
-            verdict = self._checker.recheck(problem, candidate, bound.run, bound.static, kernels.inputs[0])
+            run = kernels.graph(name) or bound.run
+            try:
+                verdict = self._checker.recheck(problem, candidate, run, bound.static, kernels.inputs[0])
+                self._device.settle()
+            except Exception as error:
+                if not (why := self._device.lost(error)):
+                    raise
+                verdict = Verdict().fail("crashed", why)
             if verdict.status != "ok":
                 yield name, Finding(verdict.status, verdict.reason, dict(verdict.errors), verdict.stable)
+            if verdict.status == "crashed":
+                return
         self._in_flight("")
 
-    def joules(self, problem: Problem, name: str) -> tuple[float | None, str]:
-        """Joules of one call of a candidate, and why not if there are none."""
+    def joules(self, problem: Problem, name: str, mode: str = EAGER) -> tuple[float | None, str]:
+        """Joules of one call of a candidate, whose copies take turns, and why not if there are none."""
         if (why := self._device.no_energy()) is not None:
             return None, why
         inputs = self._inputs(problem, 0)
         self._hold_weights(problem, inputs)
-        run = self._bind(problem, Candidate.parse(name))[0].run
-        return self._device.joules(lambda: run(*inputs.dynamic), ENERGY_S)
+        calls: list[Callable[[], object]] = []
+        for bound in self._bind(problem, Candidate.parse(name)):
+            if mode == GRAPH:
+                calls.append(self._device.captured(bound.run, inputs.dynamic).again)
+            else:
+                calls.append(partial(bound.run, *inputs.dynamic))
+        turns = cycle(calls)
+
+        def call() -> object:
+            return next(turns)()
+
+        return self._device.joules(call, self._device.energy_s)
 
     def _inputs(self, problem: Problem, copy: int) -> Inputs:
         generator = torch.Generator().manual_seed(self._seed + copy)
@@ -201,8 +255,9 @@ class Bench:
         key = (problem.op, problem.traits, statics, problem.align)
         if key != self._group:
             size = operator.key_bytes(problem)
-            copies = 1 if self._cache == "warm" else _copies(size, self._device.beyond)
+            copies = 1 if self._cache == "warm" else self._device.copies(size)
             self._group = key
+            self._shared = copies == 1 and self._cache == "cold" and self._device.shares
             self._weights = [inputs.static] + [_clone(inputs.static) for _ in range(copies - 1)]
             self._bound = {}
 
@@ -211,7 +266,7 @@ class Bench:
         if bound is None:
             kernel = pool.kernels()[candidate.kernel]
             # Candidates that shared a weight would warm it for each other: each has copies of its own.
-            own = [_clone(static) for static in self._weights]
+            own = self._weights if self._shared else [_clone(static) for static in self._weights]
             bound = [Bound(static, kernel.bind(problem, candidate.params, *static)) for static in own]
             self._bound[candidate.id] = bound
         return bound
@@ -226,20 +281,22 @@ class RaisedByKernel(Exception):
 
 
 class _Kernels:
-    """The sampler of one job: real calls, in the declared state of caches."""
+    """The sampler of one job: real calls, in the declared state of caches and mode of execution."""
 
     def __init__(self, bench: Bench, job: Job, inputs: Inputs) -> None:
         self._bench, self._in_flight = bench, bench._in_flight
-        self._watch = bench._watch
+        self._watch = bench._watches[job.mode]
+        device = bench._device
         size = sum(t.nbytes for t in inputs.dynamic if isinstance(t, torch.Tensor))
-        weights = pool.operator(job.problem.op).key_bytes(job.problem)
-        copies = 1 if bench._cache == "warm" else _copies(size + weights, bench._device.beyond)
+        size += pool.operator(job.problem.op).key_bytes(job.problem)
+        copies = 1 if bench._cache == "warm" else device.copies(size)
         self.inputs = [inputs.dynamic]
         self.inputs += [bench._inputs(job.problem, copy).dynamic for copy in range(1, copies)]
-        # Too small to fill the cache by rotating: it is emptied between calls instead.
-        self._flush = bench._cache == "cold" and copies * (size + weights) < bench._device.beyond
+        # Too small to fill the cache by rotating, or too large to have copies: it is emptied between calls instead.
+        self._flush = bench._cache == "cold" and (bench._shared or copies * size < device.beyond)
         self._neighbours = _Neighbours(bench, job.before, job.after)
         self._runs: dict[str, list[Launch]] = {}
+        self._graphs: dict[str, list[Replay]] = {}
         self._turn = 0
         for name in job.names:
             self._in_flight(name)
@@ -247,9 +304,23 @@ class _Kernels:
                 self._runs[name] = [bound.run for bound in bench._bind(job.problem, Candidate.parse(name))]
                 for run in self._runs[name]:  # the first call on a fresh copy pays for more than its weights
                     run(*self.inputs[0])
+                device.settle()
+                if job.mode == GRAPH:
+                    self._graphs[name] = self._captured(name)
             except Exception as error:  # a kernel may raise anything
                 raise RaisedByKernel(name, error) from error
         self._in_flight("")
+
+    def _captured(self, name: str) -> list[Replay]:
+        """A graph for each copy of weights and inputs: it is bound to their addresses."""
+        runs = self._runs[name]
+        turns = range(max(len(runs), len(self.inputs)))
+        calls = [self._neighbours.around(runs[t % len(runs)], self.inputs[t % len(self.inputs)]) for t in turns]
+        return [self._bench._device.captured(call, args) for call, args in calls]
+
+    def graph(self, name: str) -> Replay | None:
+        """What was timed of a candidate, on the first inputs, where it ran as a graph."""
+        return self._graphs[name][0] if name in self._graphs and not self._neighbours.any else None
 
     def round(self, names: Sequence[str]) -> dict[str, int]:
         """Nanoseconds of one call of each, in random order."""
@@ -259,19 +330,35 @@ class _Kernels:
 
     def _call(self, name: str) -> int:
         self._in_flight(name)
-        self._turn += 1
-        runs = self._runs[name]
-        run = runs[self._turn % len(runs)]
-        dynamic = self.inputs[self._turn % len(self.inputs)]
-        _touch(dynamic, self._turn)
-        if self._flush:
-            self._bench._device.empty_cache(self._turn)
         try:
-            ns = self._neighbours.timed(run, dynamic)
+            ns = self._replay(name) if name in self._graphs else self._run(name)
         except Exception as error:
             raise RaisedByKernel(name, error) from error
         self._in_flight("")
         return ns
+
+    def _run(self, name: str) -> int:
+        self._turn += 1
+        runs, dynamic = self._runs[name], self._prepared(self._turn)
+        return self._bench._device.timed(*self._neighbours.around(runs[self._turn % len(runs)], dynamic))
+
+    def _replay(self, name: str) -> int:
+        graphs = self._graphs[name]
+        for _ in range(LATE):
+            self._turn += 1
+            copy = self._turn % len(graphs)
+            self._prepared(copy)
+            if (ns := self._bench._device.replayed(graphs[copy])) is not None:
+                return ns
+        raise RuntimeError(f"the host launched {LATE} replays in a row too late to time the device alone")
+
+    def _prepared(self, copy: int) -> tuple[Any, ...]:
+        """The inputs of a copy, changed, with caches in the declared state."""
+        dynamic = self.inputs[copy % len(self.inputs)]
+        _touch(dynamic, self._turn)
+        if self._flush:
+            self._bench._device.empty_cache(self._turn)
+        return dynamic
 
     def watch(self) -> None:
         """Begin to look for interference."""
@@ -289,7 +376,6 @@ class _Neighbours:
     """
 
     def __init__(self, bench: Bench, before: Sequence[Problem], after: Sequence[Problem]) -> None:
-        self._device = bench._device
         self._before = [self._default(bench, problem) for problem in before]
         self._after = [self._default(bench, problem) for problem in after]
 
@@ -298,19 +384,23 @@ class _Neighbours:
         inputs = bench._inputs(problem, 1)
         return kernel.bind(problem, (), *inputs.static), inputs.dynamic
 
-    def timed(self, run: Launch, dynamic: tuple[Any, ...]) -> int:
-        """Nanoseconds of the candidate, with its neighbours where it has any."""
-        if not self._before and not self._after:
-            return self._device.timed(run, dynamic)
-        return self._device.timed(self._flow, (run, dynamic))
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return bool(self._before or self._after)
 
-    def _flow(self, run: Launch, dynamic: tuple[Any, ...]) -> None:
+    def around(self, run: Launch, dynamic: tuple[Any, ...]) -> tuple[Callable[..., Output], tuple[Any, ...]]:
+        """The call that is timed, with its arguments: the candidate's, with its neighbours where it has any."""
+        return (self._flow, (run, dynamic)) if self.any else (run, dynamic)
+
+    def _flow(self, run: Launch, dynamic: tuple[Any, ...]) -> Output:
         flowing: Output | None = None
         for neighbour, own in self._before:
             flowing = neighbour(*_fed(own, flowing))
         flowing = run(*_fed(dynamic, flowing))
         for neighbour, own in self._after:
             flowing = neighbour(*_fed(own, flowing))
+        return flowing
 
 
 def _fed(dynamic: tuple[Any, ...], flowing: Output | None) -> tuple[Any, ...]:
@@ -320,11 +410,6 @@ def _fed(dynamic: tuple[Any, ...], flowing: Output | None) -> tuple[Any, ...]:
     if given.numel() != first.numel() or given.dtype != first.dtype:
         return dynamic
     return (given.reshape(first.shape), *dynamic[1:])
-
-
-def raised(error: Exception) -> str:
-    """The status of a candidate that raised."""
-    return "out_of_memory" if is_out_of_memory(error) else "failed"
 
 
 def impossible(error: ImpossibleTime) -> tuple[str, Finding]:
@@ -339,10 +424,6 @@ def entrants(problem: Problem, names: Sequence[str]) -> Entrants:
     found = {name: pool.kernels()[Candidate.parse(name).kernel] for name in names}
     levels = {name: (order.index(k.precision[dtype]), int(bool(k.form))) for name, k in found.items()}
     return Entrants(tuple(names), pool.operator(problem.op).default, levels)
-
-
-def _copies(size: int, beyond: int) -> int:
-    return min(MAX_COPIES, max(1, -(-beyond // size))) if size else 1
 
 
 def _touch(dynamic: tuple[Any, ...], turn: int) -> None:

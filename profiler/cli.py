@@ -19,12 +19,16 @@ from dks.dispatch.compiler import find_compiler
 from dks.dispatch.environment import Environment, private_cache_bytes
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, read_run
+from dks.dispatch.modes import EAGER, MODES
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build
 from dks.profiler.config import load
 from dks.profiler.counters import EnergyMeter
+from dks.profiler.device import open_device
+from dks.profiler.findings import Contest
 from dks.profiler.forms import duration
 from dks.profiler.interference import Watch, default_sources
+from dks.profiler.isolation import environment_of
 from dks.profiler.replay import replay as replay_run
 from dks.profiler.seeds import seeded
 from dks.profiler.sweep import Event, Outcome, run_sweep
@@ -80,7 +84,7 @@ def run(
     if ops is not None:
         sweep = sweep.restrict([name for name in ops.split(",") if name])
     try:
-        environment = Environment.current(sweep.device)
+        environment = environment_of(sweep.device)
     except ValueError as error:
         raise BadInput(str(error)) from None
     sweep = seeded(sweep, environment, click.echo)
@@ -122,6 +126,10 @@ def _report(outcome: Outcome, folder: Path) -> None:
     click.echo(f"next: dks-codegen build {folder} -o OUT_DIR --name NAME")
 
 
+def _contest(event: Event) -> str:
+    return Contest(event.problem, event.mode).id
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[Event], None]]:
     """A bar with an ETA on a terminal, one plain line a problem elsewhere; both still while kernels are timed."""
@@ -134,7 +142,7 @@ def _progress() -> Iterator[Callable[[Event], None]]:
                 start[0] = time.monotonic()
             left = (event.total - event.done) * (time.monotonic() - start[0]) / max(1, event.done - 1)
             click.echo(
-                f"[{event.done}/{event.total}] process {event.process}: {event.problem.id}  {event.headline}"
+                f"[{event.done}/{event.total}] process {event.process}: {_contest(event)}  {event.headline}"
                 + (f"  ~{left:.0f} s left of this pass" if event.done > 1 else "")
             )
 
@@ -150,7 +158,7 @@ def _progress() -> Iterator[Callable[[Event], None]]:
                 passes.clear()
                 passes[0] = bar.add_task(f"process {event.process}", total=event.total)
             bar.update(passes[0], completed=event.done)
-            bar.console.print(escape(f"{event.problem.id}  {event.headline}"), highlight=False)
+            bar.console.print(escape(f"{_contest(event)}  {event.headline}"), highlight=False)
             bar.refresh()
 
         yield advance
@@ -174,15 +182,14 @@ def show(folder: Path, op: str | None) -> int:
         rows = [row for row in rows if row.op == op]
         if not rows:
             raise BadInput(f"{folder}: found no measurements of {op}, expected some; see dks-profile show {folder}")
-    by_problem: dict[str, list[Measurement]] = {}
+    contests: dict[tuple[str, str], list[Measurement]] = {}
     for row in rows:
-        by_problem.setdefault(row.problem, []).append(row)
-    table = Table(title=f"{folder}: {len(by_problem)} problems, {len(rows)} candidates measured")
+        contests.setdefault((row.problem, row.mode), []).append(row)
+    problems = len({problem for problem, _ in contests})
+    table = Table(title=f"{folder}: {problems} problems, {len(rows)} candidates measured")
+    texts = ("problem", "mode", "role", "class", "fastest")
     for column in (
-        "problem",
-        "role",
-        "class",
-        "fastest",
+        *texts,
         "default us",
         "us",
         "ratio [95 % CI]",
@@ -190,9 +197,9 @@ def show(folder: Path, op: str | None) -> int:
         "n",
         "processes",
     ):
-        table.add_column(column, justify="left" if column in ("problem", "role", "class", "fastest") else "right")
-    for problem in sorted(by_problem, key=_problem_order):
-        for cells in _show_problem(problem, by_problem[problem]):
+        table.add_column(column, justify="left" if column in texts else "right")
+    for problem, mode in sorted(contests, key=lambda each: (_problem_order(each[0]), each[1])):
+        for cells in _show_problem(problem, contests[problem, mode]):
             table.add_row(*cells)
     command_line.print_table(table)
     _show_disturbed(rows)
@@ -220,7 +227,7 @@ def _show_problem(problem: str, rows: list[Measurement]) -> Iterator[tuple[str, 
     default = next((row for row in rows if row.candidate == pool.operator(row.op).default), rows[0])
     timed = [row for row in rows if row.status == "ok" and row.ratio is not None]
     if not timed:
-        yield (escape(problem), "", "", "none could be timed", "", "", "", "", "", "")
+        yield (escape(problem), default.mode, "", "", "none could be timed", "", "", "", "", "", "")
     for precision in ("exact", "bf16", "int8", "int4"):
         group = [row for row in timed if row.precision == precision]
         if not group:
@@ -228,6 +235,7 @@ def _show_problem(problem: str, rows: list[Measurement]) -> Iterator[tuple[str, 
         best = max(group, key=lambda row: row.ratio or 0.0)
         yield (
             escape(problem),
+            best.mode if problem else "",
             best.role.replace("_", " ") if problem else "",
             precision,
             best.candidate,
@@ -242,15 +250,16 @@ def _show_problem(problem: str, rows: list[Measurement]) -> Iterator[tuple[str, 
 
 
 def _show_failures(rows: list[Measurement]) -> None:
-    seen: dict[tuple[str, str, str, str], tuple[set[str], set[str]]] = {}
+    seen: dict[tuple[str, str, str, str, str], tuple[set[str], set[str]]] = {}
     for row in rows:
         if row.status != "ok":
-            key = (row.op, Candidate.parse(row.candidate).kernel, row.status, row.reason)
+            key = (row.op, Candidate.parse(row.candidate).kernel, row.mode, row.status, row.reason)
             candidates, problems = seen.setdefault(key, (set(), set()))
             candidates.add(row.candidate)
             problems.add(row.problem)
-    for (op, kernel, status, reason), (candidates, problems) in sorted(seen.items()):
+    for (op, kernel, mode, status, reason), (candidates, problems) in sorted(seen.items()):
         which = candidates.pop() if len(candidates) == 1 else f"{kernel} ({len(candidates)} candidates)"
+        which += "" if mode == EAGER else f" in {mode} mode"
         click.echo(f"{op} {which}: {status} on {len(problems)} problems: {reason}")
 
 
@@ -275,8 +284,10 @@ def doctor() -> int:
     )
     for name, reason in blind.items():
         click.echo(f"{'':>10}  not by {name}: {reason}")
-    gpus = [f"cuda:{i} {Environment.current(f'cuda:{i}').arch}" for i in range(torch.cuda.device_count())]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     click.echo(f"{'gpus':>10}: {', '.join(gpus) or 'none that PyTorch sees'}")
+    for name in gpus:
+        _describe_gpu(name)
     command, lack = find_compiler()
     click.echo(f"{'compiler':>10}: {' '.join(command) or f'{lack}: generated kernels can not be measured'}")
     click.echo(f"{'compiled':>10}: kept in {build.cache()}")
@@ -293,6 +304,20 @@ def doctor() -> int:
             table.add_row(op, kernel.id, classes, kernel.form or "-", " ".join(devices), answer)
     command_line.print_table(table)
     return 0
+
+
+def _describe_gpu(name: str) -> None:
+    gpu = open_device(name)
+    click.echo(f"{name:>10}: {Environment.current(name).arch}")
+    click.echo(
+        f"{'':>10}  energy: {gpu.no_energy() or 'read from NVML, idle power in it, over 10 s for finalists'}"
+    )
+    for mode in MODES:
+        blind = Watch(gpu.sources(mode)).unavailable()
+        seen = [source.name for source in gpu.sources(mode) if source.name not in blind]
+        click.echo(f"{'':>10}  {mode} calls watched for interference by {', '.join(seen) or 'nothing'}")
+        for source, reason in blind.items():
+            click.echo(f"{'':>10}    not by {source}: {reason}")
 
 
 @cli.command()

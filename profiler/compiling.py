@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from dks.dispatch import pool
+from dks.dispatch.environment import Environment
 from dks.dispatch.gpu import compile as gpu_compile
 from dks.dispatch.gpu import embed, measuring
 from dks.dispatch.gpu.program import Program
@@ -45,8 +46,12 @@ def _each_once(asked: Asked, of: Callable[..., Iterable[_T]]) -> list[_T]:
     return list(found)
 
 
-def compile_for(asked: Asked, say: Said, device: str = "cpu") -> None:
-    """Compile what these candidates need on a device. What does not compile gets a status when it is checked."""
+def compile_for(asked: Asked, say: Said, environment: Environment | None = None) -> None:
+    """Compile what these candidates need. What does not compile gets a status when it is checked.
+
+    Args:
+        environment: of the GPU that Triton programs are to run on; None where there are none.
+    """
     asked = list(asked)
     wanted, launched = units(asked), programs(asked)
     if not (wanted or launched):
@@ -60,13 +65,13 @@ def compile_for(asked: Asked, say: Said, device: str = "cpu") -> None:
     if missing := [unit for unit in wanted if not build.is_built(unit)]:
         _said(len(missing), len(wanted), "generated kernels", say)
         _failures(build.build(missing), say)
-    if launched:
-        _compile_programs(launched, device, say)
+    if launched and environment is not None:
+        _compile_programs(launched, environment.isa, say)
 
 
-def _compile_programs(wanted: list[Program], device: str, say: Said) -> None:
+def _compile_programs(wanted: list[Program], isa: str, say: Said) -> None:
     try:
-        arch = measuring.arch_for(measuring.capability(device))
+        arch = measuring.arch_for(measuring.capability_of(isa))
         embed.launcher()
     except Missing as error:
         say(f"no Triton program is measured: {error}")

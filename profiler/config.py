@@ -13,6 +13,7 @@ from pathlib import Path
 from dks.dispatch import pool
 from dks.dispatch.bins import Bins
 from dks.dispatch.kernel import Operator
+from dks.dispatch.modes import EAGER, GRAPH
 from dks.dispatch.problem import Candidate
 from dks.profiler.document import ConfigError, Document, Where, one_of, unknown
 from dks.profiler.forms import Measure, NeighbourForm, OperatorForm, Quantiles, SizesForm, read_form
@@ -98,6 +99,9 @@ def load(path: str | Path, device: str = "") -> Sweep:
     document = Document(Path(path))
     form = read_form(document)
     device = device or form.device
+    if GRAPH in form.measure.modes and device == "cpu":
+        step = "leave it out, or name a GPU with device: cuda:0"
+        document.fault(("measure", "modes"), f"found {GRAPH} on a CPU, expected {EAGER}: it has no graphs; {step}")
     found = pool.operators()
     plans: list[tuple[Plan, tuple[Candidate, ...]]] = []
     for name, operator_form in form.operators.items():

@@ -1,4 +1,4 @@
-"""What is known of one problem: a finding a candidate, and the rounds in which candidates were timed together.
+"""What is known of one problem in one mode: a finding a candidate, and the rounds that they were timed in together.
 
 Everything else follows from these: what is still to be measured, and the rows that pass to the code generator.
 """
@@ -15,13 +15,35 @@ from typing import Any
 from dks.dispatch import pool
 from dks.dispatch.evidence import Measurement, clean_samples, ratio
 from dks.dispatch.intervals import Interval, median_interval
+from dks.dispatch.modes import EAGER
 from dks.dispatch.problem import Candidate, Problem
 
 FAULTS = ("crashed", "timeout", "out_of_memory", "failed")
 """How a candidate that was tried can end without an answer; a wrong answer is a status of its own."""
 
+UNREAD = "read after timing, of finalists alone, where it is asked for"
+"""Why a finding has no energy yet."""
+
 UNTIMED = "the candidate was not timed"
 """Why a row has no memory and no energy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """What candidates are raced in: a problem, with its calls executed in one mode."""
+
+    problem: Problem
+    mode: str = EAGER
+
+    @property
+    def id(self) -> str:
+        """The problem's, and the mode where it is not eager."""
+        return self.problem.id if self.mode == EAGER else f"{self.problem.id} in {self.mode} mode"
+
+    @property
+    def slug(self) -> str:
+        """``id`` in the letters that are safe in a file's name."""
+        return self.problem.slug if self.mode == EAGER else f"{self.problem.slug}.{self.mode}"
 
 
 @dataclass
@@ -50,7 +72,7 @@ class Round:
     """One round: candidates timed right after each other, in random order, in one process.
 
     Attributes:
-        number: unique in its problem, ascending.
+        number: unique in its contest, ascending.
         process: number of the process, unique in a run directory.
         ns: nanoseconds by candidate id.
         disturbed: what interference was noticed, in words; empty if none.
@@ -64,7 +86,7 @@ class Round:
 
 @dataclass
 class Findings:
-    """All that is known of one problem."""
+    """All that is known of one contest."""
 
     found: dict[str, Finding] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
@@ -121,13 +143,14 @@ def rounds_from_json(data: Iterable[Mapping[str, Any]]) -> list[Round]:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What all rows of one problem share."""
+    """What all rows of one contest share."""
 
     problem: Problem
     role: str
     weight: float
     cache: str
     environment: str
+    mode: str = EAGER
 
 
 def to_rows(header: Header, findings: Findings, candidates: Sequence[Candidate]) -> list[Measurement]:
@@ -180,6 +203,7 @@ def _row(header: Header, candidate: Candidate, finding: Finding, rounds: Sequenc
         kernel_digest=finding.digest,
         environment=header.environment,
         measured_at=finding.measured_at,
+        mode=header.mode,
     )
     if samples:
         clean = clean_samples(row)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dks.dispatch import bins as schemes
+from dks.dispatch.modes import EAGER, MODES
 from dks.dispatch.problem import MAX_DIM
 from dks.profiler.document import Document, Where, one_of, shown, unknown
 from dks.profiler.problems import MAX_WEIGHT, Axis, read_histogram
@@ -64,6 +65,14 @@ def _one(value: object) -> str:
     if len(values) != 1 or isinstance(value, tuple):
         raise ValueError("expected one value")
     return values[0]
+
+
+def _modes(value: object) -> object:
+    """A list of modes, in their own order."""
+    items = value if isinstance(value, tuple) else ()
+    if not items or any(item not in MODES for item in items) or len(set(items)) < len(items):
+        raise ValueError(f"expected a list of {' and '.join(MODES)}, each once at most")
+    return tuple(mode for mode in MODES if mode in items)
 
 
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -220,6 +229,9 @@ class Measure:
         max_processes: in how many at most where a choice is still in doubt.
         racing: false keeps every candidate to the end, for a run that is to be replayed.
         cache: state of caches while timing; see ``Measurement.cache``.
+        modes: how calls are executed, eager and as a CUDA graph; each mode is measured and chosen for by itself.
+        energy: whether joules are read; null is yes on a CPU, and no on a GPU, where it takes ten seconds for each
+            of the fastest few.
         held_out: whether a ragged shape inside each bin is measured too, by no rule of the table's.
         split: a bin is split where its representative's best candidate is slower than the best one on its
             held-out shape by this share, with confidence; null never splits.
@@ -237,6 +249,8 @@ class Measure:
     max_processes: Annotated[int, _number(1, 100, "1 to 100")] = 6
     racing: Flag = True
     cache: Annotated[str, _text("cold|warm|pipeline", "cold, warm or pipeline")] = "cold"
+    modes: Annotated[tuple[str, ...], BeforeValidator(_modes)] = (EAGER,)
+    energy: Flag | None = None
     held_out: Flag = True
     split: Annotated[float, _number(0.001, 10, "0.001 to 10", whole=False)] | None = 0.1
     timeout: Annotated[float, _number(0.1, 86400, "0.1 to 86400", whole=False)] = 120.0

@@ -17,18 +17,22 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
+from dks.dispatch.modes import EAGER
 from dks.dispatch.problem import Candidate, Problem
 from dks.profiler.bench import Job
 from dks.profiler.findings import Finding, Round, rounds_from_json
 from dks.profiler.worker import NOTE_BYTES
 
 START_S = 120.0  # for a worker to import torch, on a loaded machine
+ENERGY_S = 30.0  # beyond the timeout, in which repeated calls are meant to say nothing
 LOG = "_workers.log"
 MARK = "DKS_WORKER"
 """Environment variable that marks a worker and all that it starts, to be found again wherever they went."""
@@ -71,6 +75,44 @@ class Setting:
     timeout_s: float
     folder: Path
     device: str = "cpu"
+
+
+def environment_of(device: str) -> Environment:
+    """``Environment.current`` of a device. A GPU's comes from a process that ends at once: asking PyTorch opens the
+    GPU, and this process would then hold memory there, and be a neighbour to what it measures, for a whole sweep.
+
+    Raises:
+        ValueError: there is no such device here.
+        BadInput: the process found nothing.
+    """
+    return Environment.current(device) if device == "cpu" else _described(device)
+
+
+@lru_cache
+def _described(device: str) -> Environment:
+    words = [sys.executable, "-c", _DESCRIBE, device]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=START_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise BadInput(f"device {device}: found no answer in {START_S:g} s, expected its description") from None
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:
+        said = " ".join((done.stderr or f"exit code {done.returncode}").split())[-300:]
+        raise BadInput(f"device {device}: found {said}, expected its description") from None
+    if "error" in found:
+        raise ValueError(found["error"])
+    return Environment.from_dict(found)
+
+
+_DESCRIBE = """
+import json, sys
+from dks.dispatch.environment import Environment
+try:
+    print(json.dumps(Environment.current(sys.argv[1]).to_dict()))
+except ValueError as error:
+    print(json.dumps({"error": str(error)}))
+"""
 
 
 class Process:
@@ -122,14 +164,15 @@ class Process:
                 f"its last words: {_tail(setting.folder / LOG)}"
             ) from None
 
-    def check(self, problem: Problem, candidate: Candidate) -> tuple[Finding, bool]:
+    def check(self, problem: Problem, candidate: Candidate, mode: str = EAGER) -> tuple[Finding, bool]:
         """What is found of a candidate, and whether it left the process unfit. Raises Lost."""
-        (answer,) = self._ask({"do": "check", "problem": problem.id, "candidate": candidate.id})
+        (answer,) = self._ask({"do": "check", "problem": problem.id, "candidate": candidate.id, "mode": mode})
         return Finding(**answer["finding"]), answer["poisoned"]
 
-    def joules(self, problem: Problem, name: str) -> tuple[float | None, str]:
+    def joules(self, problem: Problem, name: str, mode: str = EAGER) -> tuple[float | None, str]:
         """Joules of a call, and why not if there are none. Raises Lost."""
-        (answer,) = self._ask({"do": "joules", "problem": problem.id, "candidate": name})
+        request = {"do": "joules", "problem": problem.id, "candidate": name, "mode": mode}
+        (answer,) = self._ask(request, self._setting.timeout_s + ENERGY_S)
         return answer["joules"], answer["note"]
 
     def time(self, job: Job) -> Iterator[list[Round] | tuple[str, Finding]]:

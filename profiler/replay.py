@@ -27,7 +27,7 @@ class Replayed:
     """What a rule would have done with a recorded run.
 
     Attributes:
-        problems: that could be replayed.
+        problems: that could be replayed, each mode of one by itself.
         kernel_s: kernel seconds with racing, and without it, under the same rule.
         saved: how many times fewer racing takes, with a 95 % interval by a bootstrap over problems.
         regret: geometric mean of (time of what racing chose / time of the best on the whole record) - 1 over
@@ -79,14 +79,14 @@ def replay(rows: Iterable[Measurement], rule: StoppingRule) -> Replayed:
     Raises:
         BadInput: no problem has rounds with all of its candidates in them.
     """
-    by_problem: dict[str, list[Measurement]] = {}
+    by_contest: dict[tuple[str, str], list[Measurement]] = {}
     for row in rows:
-        by_problem.setdefault(row.problem, []).append(row)
+        by_contest.setdefault((row.problem, row.mode), []).append(row)
     spent: list[tuple[float, ...]] = []
     widths: tuple[list[float], list[float]] = ([], [])
     regrets: list[float] = []
     same = problems = 0
-    for id, measured in by_problem.items():
+    for (id, _), measured in by_contest.items():
         problem, findings = Problem.parse(id), from_rows(measured)
         names, record = _whole(problem, findings)
         if len(record) < rule.min_rounds or len(names) < 2:

@@ -1,6 +1,7 @@
 """A run directory: one sweep at a time, nothing acknowledged is ever lost, nothing of two machines is mixed.
 
-What is measured goes to ``_journal`` first, record by record, and from there into one Parquet file a problem.
+What is measured goes to ``_journal`` first, record by record, and from there into one Parquet file a problem and
+mode.
 Both may hold the same rounds for a while (a kill between the two); a round's number makes it count once.
 """
 
@@ -20,9 +21,11 @@ from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import JOURNAL, Measurement, is_ours, read_rows, sync_folder, write_rows
 from dks.dispatch.kernel import source_digest
+from dks.dispatch.modes import EAGER
 from dks.dispatch.problem import Candidate, Problem
 from dks.profiler import journal
 from dks.profiler.findings import (
+    Contest,
     Finding,
     Findings,
     Header,
@@ -32,6 +35,9 @@ from dks.profiler.findings import (
     rounds_to_json,
     to_rows,
 )
+
+STRUCK = ("crashed", "timeout", "out_of_memory")
+"""Statuses that cost a process."""
 
 RUN_FILE = "_run.json"
 LOCK_FILE = "_lock"
@@ -70,17 +76,17 @@ class Store:
 
     Attributes:
         notes: what a user should know about what was found, one sentence each.
-        attempts: checks that were begun and never ended, by (problem id, candidate id).
+        attempts: checks that were begun and never ended, by contest and candidate id.
     """
 
     def __init__(self, folder: Path, environment: Environment, cache: str, notes: Sequence[str] = ()) -> None:
         self.folder, self.notes = folder, list(notes)
-        self.attempts: dict[tuple[str, str], int] = {}
+        self.attempts: dict[tuple[Contest, str], int] = {}
         self._environment = json.dumps(environment.to_dict(), sort_keys=True)
         self._cache = cache
-        self._findings: dict[str, Findings] = {}
-        self._headers: dict[str, tuple[str, float]] = {}
-        self._dirty: set[str] = set()
+        self._findings: dict[Contest, Findings] = {}
+        self._headers: dict[Contest, tuple[str, float]] = {}
+        self._dirty: set[Contest] = set()
         self._digests = {id: source_digest(kernel) for id, kernel in pool.kernels().items()}
         self._load()
         if self._drop_changed_kernels():
@@ -88,81 +94,82 @@ class Store:
             journal.replace(folder / JOURNAL, self._dump())
         self._writer = journal.Writer(folder / JOURNAL)
 
-    def findings(self, problem: Problem) -> Findings:
-        """What is known of a problem; change it through the methods below only."""
-        return self._findings.setdefault(problem.id, Findings())
+    def findings(self, contest: Contest) -> Findings:
+        """What is known of a contest; change it through the methods below only."""
+        return self._findings.setdefault(contest, Findings())
 
-    def problems(self) -> list[Problem]:
-        """Every problem that something is known of."""
-        return [Problem.parse(id) for id in self._findings]
+    def contests(self) -> list[Contest]:
+        """Every contest that something is known of."""
+        return list(self._findings)
 
-    def role(self, problem: Problem) -> str:
+    def role(self, contest: Contest) -> str:
         """The role a problem had when it was last written; empty if it never was."""
-        return self._headers.get(problem.id, ("", 0.0))[0]
+        return self._headers.get(contest, ("", 0.0))[0]
 
-    def struck(self, candidate: Candidate) -> list[str]:
-        """Problems on which a candidate crashed, hung or ran out of memory."""
-        faults = ("crashed", "timeout", "out_of_memory")
+    def struck(self, candidate: Candidate, mode: str) -> list[str]:
+        """Contests in which a candidate crashed, hung or ran out of memory; and, of any mode but eager, those in
+        which it failed: what can't be captured is not so for its size."""
         return [
-            id
-            for id, findings in self._findings.items()
-            if candidate.id in findings.found and findings.found[candidate.id].status in faults
+            contest.id
+            for contest, findings in self._findings.items()
+            if (finding := findings.found.get(candidate.id)) is not None
+            and (finding.status in STRUCK or (mode != EAGER and (contest.mode, finding.status) == (mode, "failed")))
         ]
 
     def split_problems(self) -> list[Problem]:
-        """Representatives that an earlier session added where a bin was too wide."""
-        return [Problem.parse(id) for id, (role, _) in self._headers.items() if role == "split"]
+        """Representatives that an earlier session added where a bin was too wide, each once."""
+        return list(dict.fromkeys(c.problem for c, (role, _) in self._headers.items() if role == "split"))
 
     def next_process(self) -> int:
         """A process number that no sample has."""
         used = [each.process for findings in self._findings.values() for each in findings.rounds]
         return max(used, default=-1) + 1
 
-    def attempt(self, problem: Problem, candidate: str) -> None:
+    def attempt(self, contest: Contest, candidate: str) -> None:
         """Note, before a candidate is tried, that it is. Raises OSError."""
-        self._writer.append({"do": "attempt", "problem": problem.id, "candidate": candidate})
-        self.attempts[problem.id, candidate] = self.attempts.get((problem.id, candidate), 0) + 1
+        self._writer.append({"do": "attempt", **_named(contest), "candidate": candidate})
+        self.attempts[contest, candidate] = self.attempts.get((contest, candidate), 0) + 1
 
-    def withdraw(self, problem: Problem, candidate: str) -> None:
+    def withdraw(self, contest: Contest, candidate: str) -> None:
         """Take an attempt back that the sweep itself broke off. Raises OSError."""
-        self._writer.append({"do": "withdraw", "problem": problem.id, "candidate": candidate})
-        self._withdraw((problem.id, candidate))
+        self._writer.append({"do": "withdraw", **_named(contest), "candidate": candidate})
+        self._withdraw((contest, candidate))
 
-    def _withdraw(self, key: tuple[str, str]) -> None:
+    def _withdraw(self, key: tuple[Contest, str]) -> None:
         left = self.attempts.pop(key, 0) - 1
         if left > 0:
             self.attempts[key] = left
 
-    def found(self, problem: Problem, candidate: str, finding: Finding) -> None:
+    def found(self, contest: Contest, candidate: str, finding: Finding) -> None:
         """Keep a finding; it is on the disk when this returns. Raises OSError."""
         finding.digest = self._digests[Candidate.parse(candidate).kernel]
-        record = {"do": "found", "problem": problem.id, "candidate": candidate}
+        record = {"do": "found", **_named(contest), "candidate": candidate}
         self._writer.append({**record, "finding": dataclasses.asdict(finding)})
-        self.findings(problem).found[candidate] = finding
-        self.attempts.pop((problem.id, candidate), None)
-        self._dirty.add(problem.id)
+        self.findings(contest).found[candidate] = finding
+        self.attempts.pop((contest, candidate), None)
+        self._dirty.add(contest)
 
-    def add(self, problem: Problem, rounds: Sequence[Round]) -> None:
+    def add(self, contest: Contest, rounds: Sequence[Round]) -> None:
         """Keep rounds; they are on the disk when this returns. Raises OSError."""
-        self._writer.append({"do": "rounds", "problem": problem.id, "rounds": rounds_to_json(rounds)})
-        self.findings(problem).add(rounds)
-        self._dirty.add(problem.id)
+        self._writer.append({"do": "rounds", **_named(contest), "rounds": rounds_to_json(rounds)})
+        self.findings(contest).add(rounds)
+        self._dirty.add(contest)
 
     def rows(
-        self, problem: Problem, role: str, weight: float, candidates: Sequence[Candidate]
+        self, contest: Contest, role: str, weight: float, candidates: Sequence[Candidate]
     ) -> list[Measurement]:
-        """The rows of a problem, as they will be in Parquet."""
-        header = Header(problem, role, weight, self._cache, self._environment)
-        return to_rows(header, self.findings(problem), candidates)
+        """The rows of a contest, as they will be in Parquet."""
+        header = Header(contest.problem, role, weight, self._cache, self._environment, contest.mode)
+        return to_rows(header, self.findings(contest), candidates)
 
-    def compact(self, problem: Problem, role: str, weight: float, candidates: Sequence[Candidate]) -> None:
-        """Put what the journal holds of a problem into its Parquet file, whole or not at all. Raises OSError."""
-        changed = self._headers.get(problem.id) != (role, weight)
-        if not self._findings.get(problem.id, Findings()).found or not (changed or problem.id in self._dirty):
+    def compact(self, contest: Contest, role: str, weight: float, candidates: Sequence[Candidate]) -> None:
+        """Put what the journal holds of a contest into its Parquet file, whole or not at all. Raises OSError."""
+        changed = self._headers.get(contest) != (role, weight)
+        if not self._findings.get(contest, Findings()).found or not (changed or contest in self._dirty):
             return
-        write_rows(self.path(problem), self.rows(problem, role, weight, candidates))
-        self._headers[problem.id] = (role, weight)
-        self._dirty.discard(problem.id)
+        write_rows(self.path(contest), self.rows(contest, role, weight, candidates))
+        self._headers[contest] = (role, weight)
+        self._dirty.discard(contest)
 
     def retire_journal(self) -> None:
         """Empty the journal once Parquet has all of it; attempts that never ended stay. Raises OSError."""
@@ -170,30 +177,29 @@ class Store:
             return
         self._writer.close()
         records = [
-            {"do": "attempt", "problem": problem, "candidate": candidate}
-            for (problem, candidate), count in self.attempts.items()
+            {"do": "attempt", **_named(contest), "candidate": candidate}
+            for (contest, candidate), count in self.attempts.items()
             for _ in range(count)
         ]
         journal.replace(self.folder / JOURNAL, records)
         self._writer = journal.Writer(self.folder / JOURNAL)
 
-    def set_aside(self, wanted: set[Problem]) -> list[str]:
-        """Rename the files of problems outside ``wanted``, so that no table takes them; returns their new names,
+    def set_aside(self, wanted: set[Contest]) -> list[str]:
+        """Rename the files of contests outside ``wanted``, so that no table takes them; returns their new names,
         which begin with ``_stale-``."""
-        names = {self.path(problem).name for problem in wanted}
+        names = {self.path(contest).name for contest in wanted}
         stale = [p for p in sorted(self.folder.glob("*.parquet")) if p.name not in names and p.name[0] != "_"]
         return [path.rename(path.with_name(f"_stale-{path.name}")).name for path in stale if is_ours(path)]
 
-    def give_up(self, wanted: set[Problem]) -> None:
-        """Leave out of the journal what it holds of problems outside ``wanted``. Raises OSError."""
-        ids = {problem.id for problem in wanted}
-        if self._dirty - ids:
-            self._dirty &= ids
+    def give_up(self, wanted: set[Contest]) -> None:
+        """Leave out of the journal what it holds of contests outside ``wanted``. Raises OSError."""
+        if self._dirty - wanted:
+            self._dirty &= wanted
             self.retire_journal()
 
-    def path(self, problem: Problem) -> Path:
-        """The problem's Parquet file."""
-        return self.folder / f"{problem.slug}.parquet"
+    def path(self, contest: Contest) -> Path:
+        """The contest's Parquet file."""
+        return self.folder / f"{contest.slug}.parquet"
 
     def close(self) -> None:
         """Give the journal back."""
@@ -213,8 +219,9 @@ class Store:
                 quarantined.append(str(error).split("; ")[0])
                 continue
             if rows:
-                self._findings[rows[0].problem] = from_rows(rows)
-                self._headers[rows[0].problem] = (rows[0].role, rows[0].weight)
+                contest = Contest(Problem.parse(rows[0].problem), rows[0].mode)
+                self._findings[contest] = from_rows(rows)
+                self._headers[contest] = (rows[0].role, rows[0].weight)
         quarantined += self._load_journal()
         if quarantined:
             raise BadInput(
@@ -238,57 +245,63 @@ class Store:
         return []
 
     def _apply(self, record: Mapping[str, Any]) -> None:
-        problem = Problem.parse(record["problem"])
+        # Versions that knew no modes wrote none.
+        contest = Contest(Problem.parse(record["problem"]), record.get("mode", EAGER))
         if record["do"] == "rounds":
-            self.findings(problem).add(rounds_from_json(record["rounds"]))
-            self._dirty.add(problem.id)
+            self.findings(contest).add(rounds_from_json(record["rounds"]))
+            self._dirty.add(contest)
             return
         if record["do"] == "reset":
-            self._findings[problem.id] = Findings()
-            self._dirty.add(problem.id)
+            self._findings[contest] = Findings()
+            self._dirty.add(contest)
             return
-        key = (problem.id, record["candidate"])
+        key = (contest, record["candidate"])
         if record["do"] == "attempt":
             self.attempts[key] = self.attempts.get(key, 0) + 1
         elif record["do"] == "withdraw":
             self._withdraw(key)
         else:
             self.attempts.pop(key, None)
-            self.findings(problem).found[key[1]] = Finding(**record["finding"])
-            self._dirty.add(problem.id)
+            self.findings(contest).found[key[1]] = Finding(**record["finding"])
+            self._dirty.add(contest)
 
     def _dump(self) -> Iterator[Mapping[str, Any]]:
         """Records that make what Parquet does not hold, whatever it holds."""
-        for (problem, candidate), count in self.attempts.items():
+        for (contest, candidate), count in self.attempts.items():
             for _ in range(count):
-                yield {"do": "attempt", "problem": problem, "candidate": candidate}
-        for id in sorted(self._dirty & self._findings.keys()):
-            yield {"do": "reset", "problem": id}
-            for name, finding in self._findings[id].found.items():
+                yield {"do": "attempt", **_named(contest), "candidate": candidate}
+        for contest in sorted(self._dirty & self._findings.keys(), key=lambda each: each.id):
+            yield {"do": "reset", **_named(contest)}
+            for name, finding in self._findings[contest].found.items():
                 fields = dataclasses.asdict(finding)
-                yield {"do": "found", "problem": id, "candidate": name, "finding": fields}
-            yield {"do": "rounds", "problem": id, "rounds": rounds_to_json(self._findings[id].rounds)}
+                yield {"do": "found", **_named(contest), "candidate": name, "finding": fields}
+            yield {"do": "rounds", **_named(contest), "rounds": rounds_to_json(self._findings[contest].rounds)}
 
     def _drop_changed_kernels(self) -> bool:
         """Forget, one by one, what was measured of a kernel whose source is another one now; whether any was."""
         dropped: dict[str, int] = {}
-        gone = [id for id in self._findings if Problem.parse(id).op not in pool.operators()]
-        for id in gone:
-            del self._findings[id]
-            self._dirty.discard(id)
-        for id, findings in self._findings.items():
-            default = pool.operator(Problem.parse(id).op).default
+        gone = [contest for contest in self._findings if contest.problem.op not in pool.operators()]
+        for contest in gone:
+            del self._findings[contest]
+            self._dirty.discard(contest)
+        for contest, findings in self._findings.items():
+            default = pool.operator(contest.problem.op).default
             for name, finding in list(findings.found.items()):
                 kernel = Candidate.parse(name).kernel
                 if finding.digest != self._digests.get(kernel):
                     findings.forget(name, default)
                     dropped[kernel] = dropped.get(kernel, 0) + 1
-                    self._dirty.add(id)
+                    self._dirty.add(contest)
         for kernel, count in sorted(dropped.items()):
             self.notes.append(
                 f"new session: the source of {kernel} changed; its {count} results are measured again"
             )
         return bool(dropped)
+
+
+def _named(contest: Contest) -> dict[str, str]:
+    """A contest in a record of the journal."""
+    return {"problem": contest.problem.id, "mode": contest.mode}
 
 
 def _named_by_us(path: Path) -> bool:

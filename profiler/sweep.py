@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Protocol
 
 from dks.dispatch import pool
-from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
+from dks.dispatch.modes import EAGER
 from dks.dispatch.problem import Candidate, Problem
 from dks.profiler.bench import Job, entrants
 from dks.profiler.compiling import compile_for
 from dks.profiler.config import Sweep
 from dks.profiler.counters import EnergyMeter
-from dks.profiler.findings import FAULTS, Finding, Findings, Round, counted
+from dks.profiler.findings import FAULTS, UNREAD, Contest, Finding, Findings, Round, counted
 from dks.profiler.grid import Asked, Grid, grids
-from dks.profiler.isolation import Lost, OutOfTime, Process, Setting
+from dks.profiler.isolation import Lost, OutOfTime, Process, Setting, environment_of
 from dks.profiler.problems import Neighbours, kind_of
 from dks.profiler.splitting import wide_bins
 from dks.profiler.store import Store, opened
@@ -36,6 +36,7 @@ STRIKES = 3  # problems that a candidate may crash or hang on before it is exclu
 ATTEMPTS = 3  # checks of a candidate that may begin and never end, whatever ended the sweep, before it is excluded
 SCREENING_SHARE = 0.6  # of the time left, to screen problems; the rest confirms what screening leaves
 GRACE = 0.05  # of a budget: whatever runs longer than it is killed, and nothing is held against it
+FINALISTS = 3  # beside the default, whose joules are read on a GPU
 CLOSING_S = 0.02  # a problem, to put it into Parquet at the end: taken off the budget
 
 
@@ -46,13 +47,13 @@ class Measurer(Protocol):
     busy_s: float
     hard_stop: float | None
 
-    def check(self, problem: Problem, candidate: Candidate) -> tuple[Finding, bool]:
+    def check(self, problem: Problem, candidate: Candidate, mode: str) -> tuple[Finding, bool]:
         """As ``Bench.check``. Raises Lost."""
 
     def time(self, job: Job) -> Iterator[list[Round] | tuple[str, Finding]]:
         """As ``Bench.time``. Raises Lost."""
 
-    def joules(self, problem: Problem, name: str) -> tuple[float | None, str]:
+    def joules(self, problem: Problem, name: str, mode: str) -> tuple[float | None, str]:
         """As ``Bench.joules``. Raises Lost."""
 
     def close(self) -> None:
@@ -61,13 +62,19 @@ class Measurer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One problem of a sweep."""
+    """One problem of a sweep in one execution mode."""
 
     problem: Problem
     role: str
     weight: float
     candidates: tuple[Candidate, ...]
     neighbours: Neighbours
+    mode: str = EAGER
+
+    @property
+    def contest(self) -> Contest:
+        """What its candidates are raced in."""
+        return Contest(self.problem, self.mode)
 
     @property
     def default(self) -> str:
@@ -80,7 +87,7 @@ class Event:
     """One step of a sweep, for whoever shows progress.
 
     Attributes:
-        done, total: problems of this pass.
+        done, total: problems of this pass, each mode of one by itself.
         process: number of the process that measured it.
         headline: the fastest candidate so far and its ratio to the default, in words.
     """
@@ -90,6 +97,7 @@ class Event:
     process: int
     problem: Problem
     headline: str
+    mode: str = EAGER
 
 
 @dataclass
@@ -97,7 +105,7 @@ class Outcome:
     """What a sweep did.
 
     Attributes:
-        measured: problems that something new was measured of.
+        measured: problems that something new was measured of, here and below each mode of one by itself.
         reused: problems that needed nothing.
         unfinished: problem id and what it lacks, where the budget ran out.
         winnerless: problems where candidates failed and nothing but the default is left.
@@ -147,7 +155,7 @@ def run_sweep(  # noqa: PLR0913 - how a run reports is not what it does
         OSError: the disk refuses.
     """
     began = time.monotonic()
-    environment = Environment.current(sweep.device)
+    environment = environment_of(sweep.device)
     if sweep.threads is not None and sweep.device == "cpu":  # of the workers: no kernel runs in this process
         environment = replace(environment, threads=str(sweep.threads))
     settings = {"cache": sweep.measure.cache, "seed": sweep.measure.seed, "neighbours": _neighbours_digest(sweep)}
@@ -185,11 +193,11 @@ def _neighbours_digest(sweep: Sweep) -> str:
     return hashlib.sha256(repr(around).encode()).hexdigest()[:16]
 
 
-def _rest(sweep: Sweep, whole: Sweep, store: Store) -> set[Problem]:
-    """Problems of the whole sweep's other operators: this part does not judge them."""
+def _rest(sweep: Sweep, whole: Sweep, store: Store) -> set[Contest]:
+    """Contests of the whole sweep's other operators: this part does not judge them."""
     ours = {part.op for part in sweep.operators}
     others = {part.op for part in whole.operators if part.op not in ours}
-    return {problem for problem in store.problems() if problem.op in others}
+    return {contest for contest in store.contests() if contest.problem.op in others}
 
 
 class _Run:
@@ -217,19 +225,23 @@ class _Run:
             for part, grid in self._grids:
                 if part.op == problem.op and grid.holds(problem):
                     grid.adopt(problem)
-        self._touched: set[Problem] = set()
-        self._visits: dict[Problem, int] = {}
+        self._touched: set[Contest] = set()
+        self._visits: dict[Contest, int] = {}
         self._screened = False
-        self._energy = sweep.device == "cpu" and EnergyMeter().unavailable() is None
+        # On a GPU it takes ten seconds a finalist, so it has to be asked for; its worker says what it can't read.
+        self._energy = s.energy if s.energy is not None else sweep.device == "cpu"
+        if sweep.device == "cpu" and EnergyMeter().unavailable() is not None:
+            self._energy = False
         self._tasks = self._enumerate()
 
-    def wanted(self) -> set[Problem]:
-        """Every problem that belongs to the sweep, with held-out shapes of bins that were split since."""
-        tasks = {task.problem for task in self._tasks}
+    def wanted(self) -> set[Contest]:
+        """All that belongs to the sweep, with held-out shapes of bins that were split since."""
+        tasks = {task.contest for task in self._tasks}
         if not self._sweep.measure.held_out:
             return tasks
-        known = {p for p in self._store.problems() if any(grid.holds(p) for _, grid in self._grids)}
-        return tasks | {p for p in known if self._store.role(p) in ("", "held_out")}
+        known = {c for c in self._store.contests() if any(grid.holds(c.problem) for _, grid in self._grids)}
+        known = {c for c in known if c.mode in self._sweep.measure.modes}
+        return tasks | {c for c in known if self._store.role(c) in ("", "held_out")}
 
     def go(self) -> None:
         """Pass after pass, until nothing is missing or time is up."""
@@ -239,30 +251,30 @@ class _Run:
                 self._pass(*todo)
             elif not self._split():
                 break
-        self.outcome.unfinished = [(t.problem.id, lack) for t in self._tasks if (lack := self._lack(t))]
+        self.outcome.unfinished = [(t.contest.id, lack) for t in self._tasks if (lack := self._lack(t))]
         lacking = {id for id, _ in self.outcome.unfinished}
         self.outcome.measured = len(self._touched)
         self.outcome.reused = sum(
-            task.problem not in self._touched and task.problem.id not in lacking for task in self._tasks
+            task.contest not in self._touched and task.contest.id not in lacking for task in self._tasks
         )
         bins = [task for task in self._tasks if task.role != "held_out"]
-        self.outcome.winnerless = [task.problem.id for task in bins if self._winnerless(task)]
+        self.outcome.winnerless = [task.contest.id for task in bins if self._winnerless(task)]
 
     def close(self) -> None:
         """End the process, and put all that is known into Parquet."""
         self._end_process()
         for task in [*self._tasks, *self._outgrown()]:
-            self._store.compact(task.problem, task.role, task.weight, task.candidates)
+            self._store.compact(task.contest, task.role, task.weight, task.candidates)
         self._store.retire_journal()
 
     def _outgrown(self) -> list[Task]:
         """Held-out shapes of bins that were split since: evidence as good as the others'."""
-        known = self.wanted() - {task.problem for task in self._tasks}
+        known = self.wanted() - {task.contest for task in self._tasks}
         return [
-            Task(problem, "held_out", 0.0, part.candidates, Neighbours())
-            for problem in sorted(known, key=lambda each: each.id)
+            Task(contest.problem, "held_out", 0.0, part.candidates, Neighbours(), contest.mode)
+            for contest in sorted(known, key=lambda each: each.id)
             for part in self._sweep.operators
-            if part.op == problem.op
+            if part.op == contest.problem.op
         ]
 
     def _enumerate(self) -> list[Task]:
@@ -274,9 +286,13 @@ class _Run:
                 neighbours = part.neighbours.get(kind_of(each.problem), Neighbours())
                 if self._sweep.measure.cache != "pipeline":
                     neighbours = Neighbours()
-                found.append(Task(each.problem, each.role, each.weight, part.candidates, neighbours))
+                # One after the other in one process: what is right at once need not be checked again for a graph.
+                found += [
+                    Task(each.problem, each.role, each.weight, part.candidates, neighbours, mode)
+                    for mode in self._sweep.measure.modes
+                ]
         pairs = ((task.problem, each) for task in found for each in task.candidates)
-        compile_for(pairs, self._say, self._sweep.device)
+        compile_for(pairs, self._say, environment_of(self._sweep.device))
         return found
 
     # What is missing
@@ -289,10 +305,10 @@ class _Run:
         is left, and then what matters most is confirmed first.
         """
         most = max(self._sweep.measure.processes, self._sweep.measure.max_processes) + STRIKES
-        todo = [t for t in self._tasks if self._visits.get(t.problem, 0) < most and self._lack(t)]
+        todo = [t for t in self._tasks if self._visits.get(t.contest, 0) < most and self._lack(t)]
         if self._deadline is None or not todo:
             return (todo, None) if todo else None
-        seen = [t for t in todo if self._store.findings(t.problem).rounds]
+        seen = [t for t in todo if self._store.findings(t.contest).rounds]
         if seen and self._screened:
             self._screened = False
             return sorted(seen, key=lambda t: -self._matter(t)), self._end()
@@ -309,7 +325,20 @@ class _Run:
 
     def _lack(self, task: Task) -> str:
         """What is still to be measured of a problem, in words; empty if nothing is."""
-        findings = self._store.findings(task.problem)
+        return self._untimed(task) or (f"{n} energies unread" if (n := len(self._unread(task))) else "")
+
+    def _unread(self, task: Task) -> list[str]:
+        """Finalists on a GPU whose joules were never asked for."""
+        if not self._energy or self._sweep.device == "cpu" or not (names := self._names(task)):
+            return []
+        findings = self._store.findings(task.contest)
+        contenders = self._rule.contenders(findings.rounds, entrants(task.problem, names))
+        finals = finalists(findings.rounds, contenders, task.default)
+        return [name for name in finals if findings.found[name].energy_note == UNREAD]
+
+    def _untimed(self, task: Task) -> str:
+        """What is still to be checked and timed of it."""
+        findings = self._store.findings(task.contest)
         unchecked = [c for c in task.candidates if c.id not in findings.found]
         if unchecked:
             return "not measured" if len(unchecked) == len(task.candidates) else f"{len(unchecked)} unchecked"
@@ -335,13 +364,13 @@ class _Run:
 
     def _names(self, task: Task) -> list[str]:
         """Candidates that may be timed; none where the default can't be."""
-        findings = self._store.findings(task.problem)
+        findings = self._store.findings(task.contest)
         names = [c.id for c in task.candidates if c.id in findings.found and findings.found[c.id].status == "ok"]
         return names if task.default in names else []
 
     def _matter(self, task: Task) -> float:
         """Traffic weight x what is not known of the gain, in ns: the widest spread of a contender's ratio."""
-        rounds = counted(self._store.findings(task.problem).rounds, 0)
+        rounds = counted(self._store.findings(task.contest).rounds, 0)
         names = self._names(task)
         names = self._rule.contenders(rounds, entrants(task.problem, names)) if names else []
         times = {n: {r.number: r.ns[n] for r in rounds if n in r.ns} for n in names}
@@ -357,7 +386,7 @@ class _Run:
         return task.weight * median(own.values()) * spread
 
     def _winnerless(self, task: Task) -> bool:
-        found = self._store.findings(task.problem).found
+        found = self._store.findings(task.contest).found
         failed = any(finding.status in (*FAULTS, "wrong_result") for finding in found.values())
         others = [name for name, finding in found.items() if finding.status == "ok" and name != task.default]
         return failed and not others
@@ -370,8 +399,8 @@ class _Run:
         for done, task in enumerate(todo, 1):
             if end is not None and time.monotonic() >= end and done > 1:
                 return
-            self._touched.add(task.problem)
-            self._visits[task.problem] = self._visits.get(task.problem, 0) + 1
+            self._touched.add(task.contest)
+            self._visits[task.contest] = self._visits.get(task.contest, 0) + 1
             try:
                 if self._check(task):
                     self._time(task, self._until(todo[done - 1 :], end))
@@ -379,7 +408,7 @@ class _Run:
                 self._end_process()
                 return
             number = self._process.number if self._process else self._next
-            self._notify(Event(done, len(todo), number, task.problem, self._headline(task)))
+            self._notify(Event(done, len(todo), number, task.problem, self._headline(task), task.mode))
 
     def _until(self, left: list[Task], end: float | None) -> float | None:
         """When the visit to the first of ``left`` must end: half of the time is shared alike, half by traffic.
@@ -405,7 +434,7 @@ class _Run:
         Raises:
             BadInput: every candidate that was tried ends in the same fault.
         """
-        findings = self._store.findings(task.problem)
+        findings = self._store.findings(task.contest)
         tried = False
         for candidate in task.candidates:
             if candidate.id in findings.found:
@@ -414,18 +443,19 @@ class _Run:
                 return False
             tried = True
             finding = self._excluded(task, candidate) or self._try(task, candidate)
-            self._store.found(task.problem, candidate.id, finding)
+            self._store.found(task.contest, candidate.id, finding)
         if tried:
             _refuse_broken(task, findings)
         return True
 
     def _excluded(self, task: Task, candidate: Candidate) -> Finding | None:
-        begun = self._store.attempts.get((task.problem.id, candidate.id), 0)
+        begun = self._store.attempts.get((task.contest, candidate.id), 0)
         if begun >= ATTEMPTS:
             return Finding("excluded", f"its check began {begun} times and never ended; --fresh tries it again")
-        struck = self._store.struck(candidate)
+        struck = self._store.struck(candidate, task.mode)
         if len(struck) >= STRIKES:
-            reason = f"it crashed, hung or ran out of memory on {len(struck)} problems, such as {struck[0]}"
+            how = "crashed, hung or ran out of memory" if task.mode == EAGER else "failed"
+            reason = f"it {how} on {len(struck)} problems, such as {struck[0]}"
             return Finding("excluded", reason)
         return None
 
@@ -433,11 +463,11 @@ class _Run:
         finding = Finding()
         for _ in range(2):
             worker = self._worker()  # one that does not start is no attempt
-            self._store.attempt(task.problem, candidate.id)
+            self._store.attempt(task.contest, candidate.id)
             try:
-                finding, poisoned = worker.check(task.problem, candidate)
+                finding, poisoned = worker.check(task.problem, candidate, task.mode)
             except OutOfTime:
-                self._store.withdraw(task.problem, candidate.id)
+                self._store.withdraw(task.contest, candidate.id)
                 raise
             except Lost as lost:
                 self._end_process()
@@ -457,18 +487,24 @@ class _Run:
                 names=tuple(names),
                 rule=self._rule,
                 process=self._worker().number,
-                rounds=tuple(self._store.findings(task.problem).rounds),
+                rounds=tuple(self._store.findings(task.contest).rounds),
                 until=until,
+                mode=task.mode,
                 before=tuple(each.beside(task.problem) for each in task.neighbours.before),
                 after=tuple(each.beside(task.problem) for each in task.neighbours.after),
             )
+            lost = False
             try:
                 for found in self._worker().time(job):
                     if isinstance(found, list):
-                        self._store.add(task.problem, found)
+                        self._store.add(task.contest, found)
                     else:
                         self._reject(task, *found)
-                if self._energy:
+                        lost |= _of_device(found[1])
+                if lost:  # the device's error stays with the process: the others go on in another one
+                    self._end_process()
+                    continue
+                if self._energy and (self._sweep.device == "cpu" or not self._untimed(task)):
                     self._read_energy(task)
                 return
             except Lost as lost:
@@ -477,23 +513,26 @@ class _Run:
                     self._reject(task, lost.candidate, Finding(lost.status, f"while it was timed: {lost.reason}"))
                 elif unnamed:
                     raise BadInput(
-                        f"{task.problem.id}: found that its process died twice with no candidate running "
+                        f"{task.contest.id}: found that its process died twice with no candidate running "
                         f"({lost.reason}), expected only kernels to fail; what was measured is kept"
                     ) from None
                 unnamed = lost.candidate not in names
 
     def _read_energy(self, task: Task) -> None:
-        """Read the joules of what still contends, once."""
-        findings, names = self._store.findings(task.problem), self._names(task)
-        for name in self._rule.contenders(findings.rounds, entrants(task.problem, names)):
+        """Read the joules of what still contends, once; on a GPU of the fastest few of them."""
+        findings, names = self._store.findings(task.contest), self._names(task)
+        wanted = self._unread(task)
+        if self._sweep.device == "cpu":
+            wanted = self._rule.contenders(findings.rounds, entrants(task.problem, names))
+        for name in wanted:
             known = findings.found[name]
             if known.energy_j is None and not self._late():
-                joules, note = self._worker().joules(task.problem, name)
-                self._store.found(task.problem, name, replace(known, energy_j=joules, energy_note=note))
+                joules, note = self._worker().joules(task.problem, name, task.mode)
+                self._store.found(task.contest, name, replace(known, energy_j=joules, energy_note=note))
 
     def _reject(self, task: Task, name: str, finding: Finding) -> None:
         """Replace what was known of a candidate that did not stay right."""
-        self._store.found(task.problem, name, finding)
+        self._store.found(task.contest, name, finding)
 
     def _worker(self) -> Measurer:
         if self._process is None:
@@ -509,7 +548,7 @@ class _Run:
             self._process = None
 
     def _headline(self, task: Task) -> str:
-        rounds = counted(self._store.findings(task.problem).rounds, 0)
+        rounds = counted(self._store.findings(task.contest).rounds, 0)
         ratios = {
             name: median([r.ns[task.default] / r.ns[name] for r in both])
             for name in self._names(task)
@@ -532,16 +571,42 @@ class _Run:
         return bool(split)
 
     def _split_grid(self, grid: Grid, limit: float) -> list[Problem]:
-        wide = wide_bins(grid.held_out(), self._store.findings, limit)
+        # A bin has the same edges in every mode: it is split where it is too wide in one.
+        wide: dict[tuple[Problem, Problem], None] = {}
+        for mode in self._sweep.measure.modes:
+
+            def known(problem: Problem, mode: str = mode) -> Findings:
+                return self._store.findings(Contest(problem, mode))
+
+            wide |= dict.fromkeys(wide_bins(grid.held_out(), known, limit))
         return [inner for inner, corner in wide if grid.split(corner, inner)]
+
+
+def finalists(rounds: Sequence[Round], names: Sequence[str], default: str) -> list[str]:
+    """The default, and of the others the ``FINALISTS`` with the best median ratio to it, the best first."""
+    good = counted(rounds, 0)
+    ratios = {
+        name: median(both)
+        for name in names
+        if name != default
+        and (both := [r.ns[default] / r.ns[name] for r in good if {name, default} <= r.ns.keys()])
+    }
+    return [default, *sorted(ratios, key=lambda name: (-ratios[name], name))[:FINALISTS]]
 
 
 def _fatal(finding: Finding) -> bool:
     """Whether an exception may have left the process or its device unfit: any that Python itself does not raise
     for a wrong argument."""
     ordinary = ("NotImplementedError", "TypeError", "ValueError", "RuntimeError")
-    device = any(word in finding.reason for word in ("CUDA", "cuBLAS", "HIP", "device-side", "illegal"))
-    return finding.status == "failed" and (device or not finding.reason.startswith(ordinary))
+    return _of_device(finding) or (finding.status == "failed" and not finding.reason.startswith(ordinary))
+
+
+def _of_device(finding: Finding) -> bool:
+    """Whether it is an error of a device, which may stay with the process."""
+    words = ("CUDA", "cuBLAS", "HIP", "device-side", "illegal")
+    return finding.status == "crashed" or (
+        finding.status == "failed" and any(word in finding.reason for word in words)
+    )
 
 
 def _refuse_broken(task: Task, findings: Findings) -> None:
@@ -550,12 +615,14 @@ def _refuse_broken(task: Task, findings: Findings) -> None:
     Raises:
         BadInput: see ``_Run._check``.
     """
+    # What no graph can hold is no fault of the device.
+    faults = FAULTS if task.mode == EAGER else tuple(each for each in FAULTS if each != "failed")
     idle = ("unsupported", "unsuited", "unavailable", "not_compiled", "excluded")
     tried = [f for c in task.candidates if (f := findings.found[c.id]).status not in idle]
     statuses = {finding.status for finding in tried}
-    if len(tried) > 1 and len(statuses) == 1 and statuses <= set(FAULTS):
+    if len(tried) > 1 and len(statuses) == 1 and statuses <= set(faults):
         raise BadInput(
-            f"{task.problem.id}: found the same fault on all {len(tried)} candidates, the framework's own among "
+            f"{task.contest.id}: found the same fault on all {len(tried)} candidates, the framework's own among "
             f"them ({tried[0].status}: {tried[0].reason}), expected a kernel that works: the device or its "
             "libraries are broken; what was measured is kept; repair it and run again with --fresh"
         )

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from dks.dispatch import pool
+from dks.dispatch.gpu.launch import ContextLost
 from dks.dispatch.kernel import DTYPES, Declined, Launch
 from dks.dispatch.problem import Precision, Problem
 from dks.profiler.draws import FLUSHED, NOT_FINITE, SCALED, Lent, Slot, same
@@ -20,6 +21,22 @@ POISONED_NUMEL = 2**20  # of an output: larger blocks go back to the system, and
 SETTLE_S = 0.001  # time given to work that was hidden on another thread
 NOBODY = Gap(math.inf, math.inf, math.inf, math.inf)  # allowed where the framework itself is wrong
 
+
+HARMLESS = (
+    "out of memory",
+    "invalid argument",
+    "invalid configuration",
+    "invalid device function",
+    "invalid resource handle",
+    "no kernel image",
+    "too many resources requested",
+    "not supported",
+    "captur",
+    "CUBLAS_STATUS_NOT_SUPPORTED",
+    "CUBLAS_STATUS_INVALID_VALUE",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""In the errors of CUDA after which a process goes on."""
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -258,6 +275,8 @@ def rejected(error: BaseException, where: str) -> NoReturn:
     """Turn what a kernel raised into Rejected; a person's interrupt stays one."""
     if isinstance(error, KeyboardInterrupt):
         raise error
+    if why := stays(error):
+        raise Rejected("crashed", f"{why}{where}") from error
     status = "out_of_memory" if is_out_of_memory(error) else "failed"
     raise Rejected(status, f"{describe(error)}{where}") from error
 
@@ -273,6 +292,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     signs = ("can't allocate", "not enough memory", "Cannot allocate memory", "out of memory", "bad_alloc")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in text for s in signs))
+
+
+def stays(error: BaseException) -> str:
+    """The name of an error of a device that ends all work in its process; empty for any other.
+
+    An unknown one is taken for such: what it left undone is not known either.
+    """
+    text = next(iter(str(error).splitlines()), "")[:200]
+    if isinstance(error, ContextLost):
+        return text
+    of_device = isinstance(error, RuntimeError) and any(
+        each in text for each in ("CUDA error", "CUDA driver error")
+    )
+    return text if of_device and not any(each in text for each in HARMLESS) else ""
 
 
 def _poison(like: torch.Tensor, dtype: torch.dtype) -> None:

@@ -68,12 +68,13 @@ class Worker:
         if request["do"] == "check":
             candidate = Candidate.parse(request["candidate"])
             self.in_flight(candidate.id)
-            finding, poisoned = self._bench.check(Problem.parse(request["problem"]), candidate)
+            finding, poisoned = self._bench.check(Problem.parse(request["problem"]), candidate, request["mode"])
             self.in_flight("")
             yield {"done": True, "finding": asdict(finding), "poisoned": poisoned}
         elif request["do"] == "joules":
             self.in_flight(request["candidate"])
-            joules, why = self._bench.joules(Problem.parse(request["problem"]), request["candidate"])
+            problem = Problem.parse(request["problem"])
+            joules, why = self._bench.joules(problem, request["candidate"], request["mode"])
             self.in_flight("")
             yield {"done": True, "joules": joules, "note": why}
         else:

@@ -20,6 +20,11 @@ def capability(device: str) -> int:
     return 10 * major + minor
 
 
+def capability_of(isa: str) -> int:
+    """The same of an environment's: 90 of sm_90."""
+    return int(isa.removeprefix("sm_"))
+
+
 def arch_for(device: int) -> int:
     """The architecture that programs are compiled for to run on a device of this capability.
 

@@ -212,7 +212,7 @@ def test_the_interval_covers_the_truth() -> None:
         for m in range(41, 61):
             behind = 100.0 * math.exp(abs(rng.gauss(0, 0.1)))
             shapes[problem(m)] = held_out(m, {"torch.linear": 900, "torch.addmm": behind, PACKED: 100})
-        _, low, high = certify(table, shapes, EXACT).operators["linear prepared"].geomean
+        _, low, high = certify(table, {"eager": shapes}, EXACT).operators["linear prepared"].geomean
         assert low is not None and high is not None
         inside += low <= math.expm1(0.1 * math.sqrt(2 / math.pi)) <= high
     assert inside >= 50

@@ -112,7 +112,7 @@ def test_extension_types_and_pickled_metadata_are_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    version = {b"dks.schema": b"2"}
+    version = {b"dks.schema": b"3"}
     held = columns()
     held["reason"] = pa.ExtensionArray.from_storage(Pickled(), held["reason"])
     extended = pa.table(held).replace_schema_metadata(version)
@@ -150,7 +150,7 @@ def long_text() -> pa.Table:
 )
 def test_sizes_are_refused_before_they_are_allocated(tmp_path: Path, table: Any, said: str) -> None:
     sink, before = io.BytesIO(), 0
-    pq.write_table(table().replace_schema_metadata({b"dks.schema": b"2"}), sink)
+    pq.write_table(table().replace_schema_metadata({b"dks.schema": b"3"}), sink)
     data = bind(sink.getvalue())
     pool = pa.default_memory_pool()
     before = pool.max_memory()

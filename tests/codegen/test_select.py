@@ -111,6 +111,15 @@ def test_energy_selects_on_joules() -> None:
     assert choose(PROBLEM, "prepared", rows, joules).candidate == "torch.addmm"
 
 
+def test_what_was_dropped_before_joules_were_read_does_not_win_and_stops_nothing() -> None:
+    rows = [row("torch.linear", 100, energy_j=2.0), row("torch.addmm", 90, energy_j=1.0)]
+    rows.append(row("mkl.linear_packed/rows64", 50, energy_note="of finalists alone"))
+    lut = select(rows, dataclasses.replace(EXACT, objective="energy"))
+    (rule,) = [rule for rule in lut.rules if rule.form == "prepared"]
+    assert rule.candidate == "torch.addmm"
+    assert any("its joules were not read" in other.reason for other in rule.others)
+
+
 def test_bins_classes_and_holes_become_a_table() -> None:
     rows = []
     for m, align in ((1, 64), (16, 64), (16, 4)):

@@ -121,7 +121,7 @@ def test_other_parquet_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), path)
     with pytest.raises(BadInput, match="without a dks schema version"):
         read_rows(path)
-    write_bound(path, pa.table({"x": [1]}).replace_schema_metadata({b"dks.schema": b"2"}))
+    write_bound(path, pa.table({"x": [1]}).replace_schema_metadata({b"dks.schema": b"3"}))
     with pytest.raises(BadInput, match="other columns"):
         read_rows(path)
 
@@ -148,3 +148,31 @@ def test_a_failed_write_leaves_the_old_file(
         write_rows(path, rows[:1])
     assert read_rows(path) == rows
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def write_version_2(path: Path, rows: list[Measurement]) -> None:
+    """As the version before execution modes wrote it."""
+    names = [name for name in SCHEMA.names if name != "mode"]
+    schema = pa.schema([SCHEMA.field(name) for name in names], metadata={b"dks.schema": b"2"})
+    write_bound(path, pa.table({name: [getattr(row, name) for row in rows] for name in names}, schema=schema))
+
+
+def test_files_of_version_2_read_and_all_of_them_is_eager(tmp_path: Path, rows: list[Measurement]) -> None:
+    path = tmp_path / "a.parquet"
+    write_version_2(path, rows)
+    assert read_rows(path) == rows and {row.mode for row in rows} == {"eager"}
+    assert is_ours(path)
+
+
+def test_each_version_has_its_own_columns_and_modes_have_names(tmp_path: Path, rows: list[Measurement]) -> None:
+    path = tmp_path / "a.parquet"
+    whole = pa.table({name: [getattr(row, name) for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
+    for version, table in ((b"2", whole), (b"3", whole.drop_columns(["mode"]))):
+        write_bound(path, table.replace_schema_metadata({b"dks.schema": version}))
+        with pytest.raises(BadInput, match=r"other columns than expected: .*mode: string"):
+            read_rows(path)
+    write_rows(path, [dataclasses.replace(rows[0], mode="graph")])
+    assert read_rows(path)[0].mode == "graph"
+    write_rows(path, [dataclasses.replace(rows[0], mode="lazy")])
+    with pytest.raises(BadInput, match="mode: found 'lazy', expected one of eager, graph"):
+        read_rows(path)

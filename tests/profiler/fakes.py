@@ -29,6 +29,8 @@ class FakeMachine:
         times: nanoseconds of a candidate on a problem.
         noise: spread of each sample; process: spread of each candidate's time between processes.
         faults: candidate id to the finding of its check; or to a Lost that ends the process.
+        graph_times, graph_faults: the same of graphs; as eager calls where None.
+        watts: joules of a call are its nanoseconds times this; None where there is no counter.
         tick: told the seconds that each thing takes.
     """
 
@@ -42,9 +44,16 @@ class FakeMachine:
         timing_faults: dict[str, Lost] | None = None,
         tick: Callable[[float], None] = lambda _: None,
         seed: int = 0,
+        graph_times: Time | None = None,
+        graph_faults: dict[str, Finding | Lost] | None = None,
+        watts: float | None = None,
     ) -> None:
         self.times, self.noise, self.process, self.tick = times, noise, process, tick
         self.faults, self.timing_faults = faults or {}, timing_faults or {}
+        self.graph_times, self.watts = graph_times or times, watts
+        self.graph_faults = self.faults if graph_faults is None else graph_faults
+        self.crashes: dict[str, Finding] = {}
+        self.read: list[tuple[str, str, str]] = []
         self.checked: list[tuple[str, str]] = []
         self.timed: list[tuple[str, int]] = []
         self.started = 0
@@ -65,15 +74,14 @@ class FakeProcess:
         self.hard_stop: float | None = None
         self.rng = random.Random(f"{machine.seed} {number}")
 
-    def check(self, problem: Problem, candidate: Candidate) -> tuple[Finding, bool]:
+    def check(self, problem: Problem, candidate: Candidate, mode: str = "eager") -> tuple[Finding, bool]:
         self.machine.checked.append((problem.id, candidate.id))
         self.machine.tick(0.01)
         kernel = pool.kernels()[candidate.kernel]
         if (why := kernel.objection(problem)) is not None:
             return Finding("unsupported", why), False
-        fault = self.machine.faults.get(
-            candidate.id, Finding(errors={"normal": 1e-7, "outliers": 1e-7}, stable=True)
-        )
+        faults = self.machine.faults if mode == "eager" else self.machine.graph_faults
+        fault = faults.get(candidate.id, Finding(errors={"normal": 1e-7, "outliers": 1e-7}, stable=True))
         if isinstance(fault, Lost):
             raise fault
         return Finding(**vars(fault)), False
@@ -83,7 +91,11 @@ class FakeProcess:
         for name in job.names:
             if name in self.machine.timing_faults:
                 raise self.machine.timing_faults[name]
-        self.problem = job.problem
+        for name, crash in self.machine.crashes.items():
+            if name in job.names:
+                yield name, crash
+                return
+        self.problem, self.mode = job.problem, job.mode
         able = entrants(job.problem, job.names)
 
         def late() -> bool:
@@ -94,8 +106,11 @@ class FakeProcess:
         except ImpossibleTime as error:
             yield impossible(error)
 
-    def joules(self, problem: Problem, name: str) -> tuple[float | None, str]:
-        return None, "numbers take no energy"
+    def joules(self, problem: Problem, name: str, mode: str = "eager") -> tuple[float | None, str]:
+        self.machine.read.append((problem.id, name, mode))
+        if self.machine.watts is None:
+            return None, "numbers take no energy"
+        return self.machine.watts * self.machine.times(problem, name), ""
 
     def close(self) -> None: ...
 
@@ -104,7 +119,8 @@ class FakeProcess:
 
     def _sample(self, name: str) -> int:
         of_process = random.Random(f"{self.machine.seed} {self.number} {self.problem.id} {name}")
-        ns = self.machine.times(self.problem, name) * of_process.lognormvariate(0, self.machine.process)
+        times = self.machine.times if self.mode == "eager" else self.machine.graph_times
+        ns = times(self.problem, name) * of_process.lognormvariate(0, self.machine.process)
         ns *= self.rng.lognormvariate(0, self.machine.noise)
         self.machine.tick(ns / 1e9)
         return self.machine.sample(ns)

@@ -91,5 +91,6 @@ def kernel(name: str, bind: Callable[..., Run]) -> Kernel:
 
 KERNELS = [kernel(name, acting(act)) for name, act in FAULTS.items()]
 KERNELS.append(kernel("late_segfault", acting(FAULTS["segfault"], after=LATE)))
+KERNELS.append(kernel("late_device", acting(FAULTS["device"], after=LATE)))
 KERNELS.append(kernel("hang_in_bind", hangs_in_bind))
 KERNELS.append(kernel("good", acting(lambda: None)))

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture(autouse=True)
 def _fault_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv(pool.MORE_KERNELS, "tests.profiler.fault_kernels")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}{os.pathsep}{ROOT}")
     monkeypatch.setenv("DKS_TEST_ONCE", str(tmp_path / "once"))
     pool.kernels.cache_clear()
     yield
@@ -105,6 +105,21 @@ def test_memory_that_is_not_there_is_a_status_and_harms_nobody(setting: Setting)
     assert finding.status == "out_of_memory"
     assert process.check(PROBLEM, Candidate.parse("torch.linear"))[0].status == "ok"
     process.close()
+
+
+def test_an_error_that_stays_with_the_device_is_a_crash_with_its_name(setting: Setting) -> None:
+    """The process lives and answers; it is no use to anybody else."""
+    process = Process(0, setting)
+    rule = StoppingRule(3000, 3000, 60.0, racing=False)
+    try:
+        finding, poisoned = process.check(PROBLEM, Candidate.parse("fault.device"))
+        assert (finding.status, poisoned) == ("crashed", True)
+        assert finding.reason.startswith("CUDA error: an illegal memory access was encountered")
+        *_, last = process.time(Job(PROBLEM, ("torch.linear", "fault.late_device"), rule, 0))
+    finally:
+        process.close()
+    assert isinstance(last, tuple) and (last[0], last[1].status) == ("fault.late_device", "crashed")
+    assert last[1].reason == "while it was timed: CUDA error: an illegal memory access was encountered"
 
 
 def test_a_crash_while_timing_names_the_candidate_in_flight(setting: Setting) -> None:

@@ -345,7 +345,7 @@ def test_a_candidate_that_ends_every_sweep_is_excluded_after_some(config: Path, 
         process = real(number, setting)  # type: ignore[arg-type]
         check = process.check
 
-        def fatal(problem: Problem, candidate: object) -> object:
+        def fatal(problem: Problem, candidate: object, mode: str) -> object:
             if candidate.id == "torch.addmm":  # type: ignore[attr-defined]
                 raise SystemError("the machine is gone")
             return check(problem, candidate)  # type: ignore[arg-type]
@@ -493,7 +493,7 @@ def test_what_hangs_when_the_time_is_up_is_unfinished_and_no_fault(config: Path,
         def start(self, number: int, setting: object) -> object:  # type: ignore[override]
             process = super().start(number, setting)  # type: ignore[arg-type]
 
-            def check(problem: Problem, candidate: object) -> object:
+            def check(problem: Problem, candidate: object, mode: str) -> object:
                 assert process.hard_stop is not None
                 raise OutOfTime
 
