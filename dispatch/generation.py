@@ -12,7 +12,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from dks.dispatch import pool
+from dks.dispatch import modes, pool
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.table import Group, Table
 
@@ -70,6 +70,7 @@ class Generation:
     Attributes:
         blocked: what calls are counted as where it is refused, a name in ``reasons``; else None.
         serial: a number of its own in this process.
+        modes: in which its table tells calls apart: eager, and graph where it was measured.
         dispatches: the bound kernels of calls without preparation, by operator and key.
         fast: the compiled forms of functional calls, by operator.
     """
@@ -96,6 +97,7 @@ class Generation:
         self.serial = next(_serials)
         self.dispatches: dict[tuple[object, ...], Any] = {}
         self.fast: dict[str, Any] = {}
+        self.modes = tuple(dict.fromkeys((modes.EAGER, *(modes.mode_of(group.form) for group in table.groups))))
         self._groups = {group.key: index for index, group in enumerate(table.groups)}
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._needs = tuple(rule.align for rule in table.rules)

@@ -53,10 +53,10 @@ class NormServer(Server):
             weight = norm._parameters["weight"]
             assert weight is not None  # ``_note`` saw it
             n = weight.shape[0]
-            plan = self.plan(self.question("prepared", weight.dtype, n, weight))
-            if plan.find is None:
+            question = self.question("prepared", weight.dtype, n, weight)
+            if self.plan(question).find is None:
                 return Swap(where, self.op, False, f"n={n} {weight.dtype} is not in the table")
-            if not plan.changes_anything:
+            if not self.changes_anything(question):
                 note = f"n={n}: the framework's own kernel is the choice everywhere"
                 return Swap(where, self.op, False, note)
             layer = self.prepared(norm)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as modules
 
-from dks.dispatch import native, pool, traced
+from dks.dispatch import modes, native, pool, traced
 from dks.dispatch.ambient import (
     grad_enabled,
     is_compiling,
@@ -47,24 +47,31 @@ def _as_modules_do(layer: nn.Module, *given: torch.Tensor) -> Any:
     return nn.Module.__call__(layer, *given)
 
 
+def _captured() -> bool:
+    return modes.current() == modes.GRAPH
+
+
 class Binding:
     """The kernels of one generation that a layer's parameters are bound to.
 
     Attributes:
         dispatch: of calls without a residual, or None.
         fused: of calls that bring one, or None.
+        graph: the same for calls that a CUDA graph captures, where the table tells them apart.
     """
 
-    __slots__ = ("dispatch", "fused")
+    __slots__ = ("dispatch", "fused", "graph")
 
-    def __init__(self, dispatch: Dispatch | None, fused: Dispatch | None) -> None:
+    def __init__(self, dispatch: Dispatch | None, fused: Dispatch | None, graph: Binding | None = None) -> None:
         self.dispatch = dispatch
         self.fused = fused
+        self.graph = graph
 
     @property
     def dispatches(self) -> list[Dispatch]:
         """Those there are."""
-        return [dispatch for dispatch in (self.dispatch, self.fused) if dispatch is not None]
+        own = [dispatch for dispatch in (self.dispatch, self.fused) if dispatch is not None]
+        return own if self.graph is None else own + self.graph.dispatches
 
     def failed(self, rule: int, error: Exception, layer: PreparedModule, *given: torch.Tensor) -> Any:
         """What the fast path calls where a kernel raised; see ``Dispatch.failed``."""
@@ -161,7 +168,7 @@ class PreparedModule(nn.Module):
             for generation in runtime.held:
                 self.hold(generation)
             if self._layer is not None and not self._called_otherwise():
-                self._fast = self._layer.call
+                self._fast = self._quick()
             runtime.layers.add(self)
         traced.remember(self, weight, bias)
 
@@ -175,14 +182,28 @@ class PreparedModule(nn.Module):
         question, fused = self.question(weight, bias), self.fused_question(weight, bias)
         # What is bound here serves every mode: grad and inference mode, with and without autocast.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device, enabled=False):
-            binding = Binding(
-                None if question is None else self._dispatch(generation, question),
-                None if fused is None else self._dispatch(generation, fused),
-            )
+            bound: dict[str, Launch] = {}  # what two modes or calls choose is packed once
+            binding: Binding | None = None
+            for mode in reversed(generation.modes):  # eager last: it holds the other
+                plain, adds = (
+                    None if asked is None else self._dispatch(generation, asked, mode, bound)
+                    for asked in (question, fused)
+                )
+                binding = Binding(plain, adds, binding)
+        assert binding is not None  # there is a mode
         _wait_for(weight)
         self._bindings = {**self._bindings, generation.serial: binding}
         if self._layer is not None and all(dispatch.native is not None for dispatch in binding.dispatches):
             self._layer.hold(generation.serial, self._compiled(binding, self._watch, weight))
+        if self._fast is not _as_modules_do:
+            self._fast = self._quick()
+
+    def _quick(self) -> Callable[..., Any]:
+        """The compiled form of a call, which knows nothing of CUDA graphs: what one captures goes another way."""
+        call: Callable[..., Any] = self._layer.call
+        if all(binding.graph is None for binding in self._bindings.values()):
+            return call
+        return lambda layer, *given: _as_modules_do(layer, *given) if _captured() else call(layer, *given)
 
     def release(self, generation: Generation) -> None:
         """Forget what was bound to a generation."""
@@ -190,11 +211,17 @@ class PreparedModule(nn.Module):
         if self._layer is not None:
             self._layer.release(generation.serial)
 
-    def _dispatch(self, generation: Generation, question: Question) -> Dispatch:
-        plan = generation.plan(*question)
+    def _dispatch(
+        self, generation: Generation, question: Question, mode: str, bound: dict[str, Launch]
+    ) -> Dispatch:
+        plan = modes.plan(generation, *question, mode)
 
         def bind(candidate: Candidate) -> Launch:
-            return pool.kernels()[candidate.kernel].bind(plan.problem, candidate.params, *self._statics)
+            key = f"{plan.problem.id} {candidate.id}"
+            if key not in bound:
+                kernel = pool.kernels()[candidate.kernel]
+                bound[key] = kernel.bind(plan.problem, candidate.params, *self._statics)
+            return bound[key]
 
         return Dispatch(self._server.runtime, plan, bind, is_framework=self.function is not None)
 
@@ -272,6 +299,8 @@ class PreparedModule(nn.Module):
         elif binding is None:
             reason = self._why_unbound()
         else:
+            if binding.graph is not None and _captured():
+                binding = binding.graph
             reason = self._objection(input, residual)
             if reason is None:
                 bits = input.data_ptr() | self._row_bits

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from dks.dispatch import native, pool
+from dks.dispatch import modes, native, pool
 from dks.dispatch.ambient import (
     grad_enabled,
     objection,
@@ -182,8 +182,17 @@ class Server:
         return self.runtime.generation.device
 
     def plan(self, question: Question) -> Plan:
-        """The plan of the generation that serves now."""
+        """The plan of the generation that serves now, for eager calls."""
         return self.runtime.generation.plan(*question)
+
+    def changes_anything(self, question: Question) -> bool:
+        """Whether in some mode some bin chose another kernel than the framework's own."""
+        generation = self.runtime.generation
+        return any(modes.plan(generation, *question, mode).changes_anything for mode in generation.modes)
+
+    def mode(self) -> str:
+        """The mode that a call is made in now, as far as the table knows any but eager."""
+        return modes.current() if len(self.runtime.generation.modes) > 1 else modes.EAGER
 
     def direct(
         self,
@@ -201,11 +210,11 @@ class Server:
             quicken: called once with a dispatch whose default kernel is the framework's own function of the
                 same arguments, to let the fast path serve it.
         """
-        generation = self.runtime.generation
-        key = (self.op, *key)
+        generation, mode = self.runtime.generation, self.mode()
+        key = (self.op, mode, *key)
         found: Dispatch | None = generation.dispatches.get(key)
         if found is None:
-            made = generation.plan(*question())
+            made = modes.plan(generation, *question(), mode)
             kernels, problem = pool.kernels(), made.problem
 
             def late(candidate: Candidate) -> Launch:
@@ -216,7 +225,7 @@ class Server:
 
             found = Dispatch(self.runtime, made, late, is_framework=quicken is not None)
             found = generation.dispatches.setdefault(key, found)
-            if quicken is not None:
+            if quicken is not None and mode == modes.EAGER:
                 quicken(generation, found)
         return found
 

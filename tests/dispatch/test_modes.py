@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from dks.dispatch import modes
+from dks.dispatch import modes, pool
 from dks.dispatch.generation import Generation
+from dks.dispatch.kernel import Kernel
 from dks.dispatch.modes import EAGER, GRAPH, MODES, current, eager_form, form_in, mode_of
+from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Rule, Table
 
 TRAITS = {"bias": "yes", "dtype": "float32", "epilogue": "none"}
@@ -35,7 +39,9 @@ def test_forms_have_a_name_in_each_mode_that_reads_back(form: str) -> None:
 
 def test_the_mode_is_that_of_the_current_stream() -> None:
     for capturing, mode in ((True, GRAPH), (False, EAGER)):
-        assert current(SimpleNamespace(is_current_stream_capturing=lambda now=capturing: now)) == mode
+        asked = SimpleNamespace(is_initialized=lambda: True, is_current_stream_capturing=lambda now=capturing: now)
+        assert current(asked) == mode
+    assert current(SimpleNamespace(is_initialized=lambda: False)) == EAGER
 
 
 @pytest.mark.parametrize(
@@ -64,3 +70,62 @@ def test_a_refused_table_is_refused_in_every_mode() -> None:
     refused = Generation(table("direct", "direct_graph"), refused="another device")
     for mode in MODES:
         assert modes.plan(refused, "linear", "direct", TRAITS, {"n": 8, "k": 8}, mode).blocked == "refused"
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of the kernels that run."""
+    found: list[str] = []
+    for id in ("torch.addmm", "torch.linear_inplace"):
+        kernel = pool.kernels()[id]
+
+        def bind(*args: object, kernel: Kernel = kernel) -> object:
+            run = kernel.bind(*args)
+            return lambda *given: (found.append(kernel.id), run(*given))[1]
+
+        monkeypatch.setitem(pool.kernels(), kernel.id, dataclasses.replace(kernel, bind=bind))
+    return found
+
+
+def capture(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    monkeypatch.setattr(modes, "current", lambda: GRAPH if on else EAGER)
+
+
+@pytest.mark.parametrize("form", ["prepared", "direct"])
+def test_what_a_graph_captures_is_served_by_the_graphs_choice(
+    form: str, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Eager calls go to addmm, those in a graph to the in-place linear: neither is what the framework would do.
+    rules = (Rule("torch.addmm", 4), Rule("torch.linear_inplace", 4))
+    runtime = Runtime("t", Generation(Table(rules, table(form, f"{form}_graph").groups)))
+    assert runtime.generation.modes == MODES
+    x, weight, bias = torch.randn(3, 8), torch.randn(8, 8), torch.randn(8)
+    server = runtime.server("linear")
+    serve = server.prepare(weight, bias) if form == "prepared" else lambda x: server.call(x, weight, bias)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    for on in (False, True, True, False):
+        capture(monkeypatch, on)
+        with torch.no_grad():
+            torch.testing.assert_close(serve(x), expected)
+    wanted = ["torch.addmm", "torch.linear_inplace", "torch.linear_inplace", "torch.addmm"]
+    assert called == wanted
+    assert sum(runtime.stats()["ops"]["linear"]["hits"].values()) == 4
+
+
+def test_a_weight_form_that_two_modes_share_is_packed_once(called: list[str]) -> None:
+    rules = (Rule("torch.addmm", 4), Rule("torch.addmm", 4))
+    runtime = Runtime("t", Generation(Table(rules, table("prepared", "prepared_graph").groups)))
+    layer = runtime.server("linear").prepare(torch.randn(8, 8), torch.randn(8))
+    eager, graph = layer.binding, layer.binding.graph
+    assert graph is not None and graph.graph is None
+    assert eager.dispatch.kernels["torch.addmm"] is graph.dispatch.kernels["torch.addmm"]
+    assert not called
+
+
+def test_optimize_swaps_what_gains_in_graphs_alone() -> None:
+    rules = (Rule("torch.linear", 4), Rule("torch.addmm", 4))
+    runtime = Runtime("t", Generation(Table(rules, table("prepared", "prepared_graph").groups)))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    with torch.no_grad():
+        (swap, *_) = runtime.optimize(model).swaps
+    assert swap.done, swap

@@ -14,6 +14,7 @@ from dks.dispatch import native
 from dks.dispatch.ambient import is_compiling
 from dks.dispatch.generation import Generation
 from dks.dispatch.kernel import DTYPES
+from dks.dispatch.modes import EAGER
 from dks.dispatch.ops.linear.epilogue import ACTIVATIONS, EPILOGUES, finish
 from dks.dispatch.ops.linear.pair import linear_note, linear_then_activation
 from dks.dispatch.ops.linear.traced import LINEAR, fits
@@ -54,7 +55,7 @@ class LinearServer(Server):
         Raises:
             ValueError: an unknown epilogue, or a residual with another one than none.
         """
-        if epilogue == "none" and residual is None and not is_compiling():
+        if epilogue == "none" and residual is None and not is_compiling() and self.mode() == EAGER:
             fast = self.runtime.generation.fast.get(self.op)
             if fast is not None and (served := fast.call(x, weight, bias)) is not NotImplemented:
                 return served  # type: ignore[no-any-return]
@@ -162,8 +163,7 @@ class LinearServer(Server):
         if found is None:
             return []
         name, linear, activation, epilogue = found
-        plan = self.plan(self.question("prepared", linear.weight, linear.bias, epilogue))
-        if not plan.changes_anything:
+        if not self.changes_anything(self.question("prepared", linear.weight, linear.bias, epilogue)):
             return []
         layer = PreparedLinear(self, linear.weight, linear.bias, epilogue)
         if not layer.gains:
@@ -186,11 +186,11 @@ class LinearServer(Server):
         layer = made.get(linear)
         if layer is None:
             epilogue = linear.epilogue if isinstance(linear, ActivatedLinear) else "none"
-            plan = self.plan(self.question("prepared", linear.weight, linear.bias, epilogue))
+            question = self.question("prepared", linear.weight, linear.bias, epilogue)
             shape = f"n={linear.weight.shape[0]} k={linear.weight.shape[1]} {linear.weight.dtype}"
-            if plan.find is None:
+            if self.plan(question).find is None:
                 return Swap(where, self.op, False, f"{shape} is not in the table")
-            if not plan.changes_anything:
+            if not self.changes_anything(question):
                 note = f"{shape}: the framework's own kernel is the choice everywhere"
                 return Swap(where, self.op, False, note)
             layer = PreparedLinear(self, linear.weight, linear.bias, epilogue)
