@@ -200,7 +200,7 @@ UNKNOWN_AND_MISSING = [
     ("linear:", "linar:", "4: operators.linar: found 'linar', expected one of attention, cross_entropy, "),
     ("linear:", "linar:", "; did you mean 'linear'?"),
     ("float32", "flot32", "9: operators.linear.problems[0].traits.dtype: found 'flot32', expected one of "),
-    ("float32", "flot32", "expected one of float32, bfloat16; did you mean 'float32'?"),
+    ("float32", "flot32", "expected one of float32, bfloat16, float16; did you mean 'float32'?"),
     ("bias:", "bais:", "traits.bais: found 'bais', expected one of dtype, bias, epilogue; did you mean 'b"),
     ("n: 64, k: 32", "n: 64", "8: operators.linear.problems[0].dims: found no 'k', expected n, k"),
     ("n: 64", "n: 64, z: 3", "8: operators.linear.problems[0].dims.z: found 'z', expected one of n, k"),
