@@ -90,8 +90,9 @@ class Kernel:
         programs: the Triton programs that a candidate launches, where it launches any.
         sources: the files in ``dks/dispatch/gpu/kernels`` that they are in.
         align: bytes to which it needs every pointer and row stride aligned; 0 means the element's size. Not among
-            them are masks, block tables and lengths, aligned to their own elements alone, and the distance of
-            softmax's rows, which comes with a call.
+            them are masks, block tables, lengths, positions, targets and losses, aligned to their own elements
+            alone, and the distance of softmax's rows, which comes with a call. The halves of silu_and_mul's rows
+            and of rotary's heads are rows.
         supports: why it can't take a problem, or None.
         suits: why one parameter set can't be meant for a problem, or None. It is not measured there, though it
             would be right.

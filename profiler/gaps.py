@@ -35,7 +35,7 @@ class Gap:
             shape: of the output; short rows scatter more.
             allowed: errors that are nobody's fault.
         """
-        n = shape[-1] if shape else 1
+        n = _row(shape)
         rows = max(1, shape.numel() // max(n, 1))
         bounds = {
             "element": ELEMENT,
@@ -64,6 +64,11 @@ class Gap:
         return Gap(*(min(value, cap) for value in (self.total, self.row, self.column, self.element)))
 
 
+def _row(shape: torch.Size) -> int:
+    """Elements of a row."""
+    return shape[-1] if len(shape) > 1 else 1
+
+
 def size_of(reference: torch.Tensor) -> float:
     """Root mean square of a float64 reference; 0 where it has no elements."""
     return float(torch.linalg.vector_norm(reference)) / sqrt(max(1, reference.numel()))
@@ -74,14 +79,15 @@ def gap(y: torch.Tensor, reference: torch.Tensor, least: float = 0.0, ignored: f
 
     Args:
         y: the output.
-        reference: finite, float64, with at least one dim. Its last dim makes rows.
+        reference: finite, float64, with at least one dim. Its last dim makes rows; each number is one where it
+            is the only dim, as of losses: what belongs to one row must not hide in, or spoil, those of others.
         least: root mean square that such outputs usually have; used where the reference has few elements.
         ignored: absolute error that counts as none.
 
     Returns:
         The gap; NaN where ``y`` has NaN, inf where it has infinity.
     """
-    n = reference.shape[-1]
+    n = _row(reference.shape)
     wanted, found = reference.reshape(-1, n), y.reshape(-1, n)
     rows = wanted.shape[0]
     if not rows or not n:
@@ -125,7 +131,7 @@ def gap_beside_non_finite(
     Returns:
         (what is wrong with the values that are not finite, or ""; the gap of the finite rows).
     """
-    n = reference.shape[-1]
+    n = _row(reference.shape)
     wanted, found = reference.reshape(-1, n), y.reshape(-1, n)
     finite = wanted.isfinite()
     clean = finite.all(dim=1)

@@ -29,6 +29,9 @@ EDGES: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "softmax": ((1, 8, 64), (1, 16, 64)),
     "attention": ((1, 4), (1, 16, 64), (1, 16, 64)),
     "paged_attention": ((1, 4), (1, 16, 64)),
+    "silu_and_mul": ((1, 8, 64),),
+    "rotary": ((1, 8, 64),),
+    "cross_entropy": ((1, 8, 64),),
 }
 
 Route = Callable[..., Runtime]

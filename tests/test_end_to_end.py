@@ -43,7 +43,20 @@ SERVING = """
         keys = cache[[3, 1]].reshape(1, 32, 16)[:, :20]
         alone = torch.nn.functional.scaled_dot_product_attention(q[:1], keys, keys)
         assert torch.allclose(y[:1], alone, atol=1e-4)
-    for op, calls in (("linear", 2), ("rms_norm", 2), ("softmax", 1)):
+        gate, values = x.chunk(2, -1)
+        assert torch.allclose(served.silu_and_mul(x), torch.nn.functional.silu(gate) * values, atol=1e-6)
+        angles, at = torch.rand(9, 8) * 6, torch.tensor([8, 0])
+        turned = served.rotary(q, q[:, :1], angles.cos(), angles.sin(), at)
+        turn = torch.polar(torch.ones(2, 1, 8), angles[at][:, None])
+        for y, given in zip(turned, (q, q[:, :1])):
+            wanted = torch.complex(*given.chunk(2, -1)) * turn
+            assert torch.allclose(y, torch.cat((wanted.real, wanted.imag), -1), atol=1e-5)
+        targets = torch.tensor([3, 63, -100, 0, 1])
+        for how in ("none", "mean", "sum"):
+            wanted = torch.nn.functional.cross_entropy(x, targets, reduction=how)
+            assert torch.allclose(served.cross_entropy(x, targets, reduction=how), wanted, atol=1e-5)
+    for op, calls in (("linear", 2), ("rms_norm", 2), ("softmax", 1), ("silu_and_mul", 1), ("rotary", 1),
+                      ("cross_entropy", 3)):
         hits = served.stats()["ops"][op]["hits"]
         assert sum(hits.values()) >= calls, served.stats()
     print(served.explain("softmax", m=5, n=64))

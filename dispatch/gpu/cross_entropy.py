@@ -16,7 +16,10 @@ PARAMS: tuple[Params, ...] = tuple(
 
 
 def cross_entropy(dtype: str, params: Params, align: int) -> tuple[Program, ...]:
-    """logits (m, n), targets (m,) int64, ignored -> losses (m,) float32; addresses of the last two of their own."""
+    """logits (m, n), targets (m,) int64, ignored -> losses (m,) of logits' dtype.
+
+    Targets and losses are aligned to their own elements alone.
+    """
     element, p = element_of(dtype), dict(params)
     return (
         Program(
@@ -26,7 +29,7 @@ def cross_entropy(dtype: str, params: Params, align: int) -> tuple[Program, ...]
             arguments=(
                 element.pointer("logits"),
                 Argument("targets", "*i64"),
-                Argument("losses", "*fp32"),
+                Argument("losses", f"*{element.name}"),
                 *counts("m"),
                 *map(element.step, ("n", "stride")),
                 Argument("ignored", "i64"),

@@ -22,6 +22,9 @@ STATICS = {
     "softmax": [{}],
     "attention": [{"h": 4, "hkv": 4, "d": 32}, {"h": 4, "hkv": 2, "d": 24}, {"h": 3, "hkv": 1, "d": 33}],
     "paged_attention": [{"h": 4, "hkv": 2, "d": 24, "page": 4}, {"h": 3, "hkv": 1, "d": 33, "page": 16}],
+    "silu_and_mul": [{"n": 33}, {"n": 384}],
+    "rotary": [{"h": 4, "hkv": 2, "d": 24}, {"h": 3, "hkv": 1, "d": 2}],
+    "cross_entropy": [{"n": 33}, {"n": 384}],
 }
 DYNAMIC = {
     "linear": [{"m": m} for m in (1, 2, 3, 17, 64)],
@@ -30,6 +33,9 @@ DYNAMIC = {
     "softmax": [{"m": m, "n": n} for m, n in ((1, 1), (2, 64), (17, 33), (64, 5))],
     "attention": [{"b": b, "q": q, "kv": kv} for b, q, kv in ((1, 1, 1), (2, 17, 17), (3, 1, 33), (1, 5, 7))],
     "paged_attention": [{"b": b, "kv": kv} for b, kv in ((1, 1), (2, 16), (5, 33), (1, 70))],
+    "silu_and_mul": [{"m": m} for m in (1, 2, 3, 17, 64)],
+    "rotary": [{"tokens": tokens} for tokens in (1, 2, 3, 17, 64)],
+    "cross_entropy": [{"m": m} for m in (1, 2, 3, 17, 64)],
 }
 KERNELS = [pytest.param(kernel, id=kernel.id) for kernel in pool.kernels().values() if kernel.runs_on("cpu")]
 LINEAR = [pytest.param(kernel, id=kernel.id) for kernel in pool.kernels_for("linear", "cpu")]

@@ -27,13 +27,24 @@ NAMES = {
     "rms_norm": "nn.functional.rms_norm",
     "attention": "nn.functional.scaled_dot_product_attention",
     "softmax": "softmax",
+    "cross_entropy": "nn.functional.cross_entropy",
 }
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100, reduction: str = "none"
+) -> torch.Tensor:
+    """The framework's, with the arguments that ours has."""
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+
+
 FRAMEWORK = {  # without what the samples wrap around them: seeds
     "linear": F.linear,
     "layer_norm": F.layer_norm,
     "rms_norm": F.rms_norm,
     "attention": F.scaled_dot_product_attention,
     "softmax": torch.softmax,
+    "cross_entropy": cross_entropy,
 }
 KERNELS = {
     "linear": ("mkldnn.linear_packed", "torch.addmm", "torch.linear_inplace", "torch.linear"),
@@ -41,6 +52,7 @@ KERNELS = {
     "rms_norm": ("torch.rms_vector_norm",),
     "attention": ("torch.matmul_attention", "torch.sdpa"),
     "softmax": ("torch.softmax",),
+    "cross_entropy": ("torch.cross_entropy",),
 }
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
 seed = torch.default_generator.manual_seed  # torch's own formats a traceback for each kind of device
@@ -73,6 +85,8 @@ def samples(info: Any, dtype: torch.dtype, grad: bool) -> list[Sample]:
     torch.manual_seed(0)
     drawn = info.sample_inputs("cpu", dtype, requires_grad=grad)
     found = [((s.input, *s.args), dict(s.kwargs)) for s in drawn]
+    if info.name == NAMES["cross_entropy"]:  # ours weighs no classes and smooths no labels
+        found = [(a, {"reduction": "mean"} | o) for a, o in found if not {"weight", "label_smoothing"} & {*o}]
     if info.name == NAMES["attention"] and dtype.itemsize == 2:
         # Scores of hundreds, rounded to 16 bits, differ by more than softmax forgives: numbers of unit size do.
         found = [each_tensor(lambda t: t / 8 if t.is_floating_point() else t, sample) for sample in found]
@@ -93,6 +107,8 @@ def statics(op: str, drawn: list[Sample]) -> list[dict[str, int]]:
             found.append({"h": args[0].shape[1], "hkv": args[1].shape[1], "d": args[0].shape[3]})
         elif op == "softmax":
             found.append({})
+        elif op == "cross_entropy" and args[0].dim() == 2:
+            found.append({"n": args[0].shape[1]})
     return [dict(shape) for shape in {tuple(shape.items()) for shape in found if 0 not in shape.values()}]
 
 
@@ -308,6 +324,9 @@ WRONG: dict[str, list[tuple[Any, ...]]] = {
                    (t(2, 3, dtype=torch.int32), (3,)), (t(2, 3), (3,), t(3), None, "small"), (t(2, 3), 3)],
     "rms_norm": [(t(2, 3), (4,)), (t(2, 3), (3,), t(4)), (t(2, 3), ()), (t(2, 3), "three"), (None, (3,))],
     "softmax": [(t(2, 3), 2), (t(2, 3), -3), (t(2, 3, dtype=torch.int32), -1), (t(2, 3), "last"), (None, -1)],
+    "cross_entropy": [(t(2, 3), t(3, dtype=torch.int64)), (t(2, 1), t(2, dtype=torch.int64)), (t(2, 3), None),
+                      (t(2, 3), t(2, dtype=torch.int32)), (t(2, 3), t(2, dtype=torch.int64), 1.5), (None, t(2)),
+                      (t(), t(dtype=torch.int64)), (t(2, 3, dtype=torch.int32), t(2, dtype=torch.int64))],
     "attention": [(t(1, 2, 3, 4), t(1, 2, 3, 5), t(1, 2, 3, 4)), (t(1, 2, 3, 4), t(1, 2, 5, 4), t(1, 2, 3, 4)),
                   (t(3), t(3), t(3)), (t(1, 2, 3, 4), None, t(1, 2, 3, 4)), (t(1, 4, 3, 8), *[t(1, 2, 3, 8)] * 2),
                   (*[t(1, 2, 3, 4)] * 3, t(1, 2, 3, 3), 0.0, True), (*[t(1, 2, 3, 4)] * 3, t(9, 9)),

@@ -12,7 +12,10 @@ from dks.dispatch.problem import Candidate, Problem
 
 
 def test_operators_are_the_folders() -> None:
-    assert set(pool.operators()) == {"attention", "layer_norm", "linear", "paged_attention", "rms_norm", "softmax"}
+    assert set(pool.operators()) == {
+        "attention", "cross_entropy", "layer_norm", "linear", "paged_attention", "rms_norm", "rotary",
+        "silu_and_mul", "softmax",
+    }  # fmt: skip
     for name, operator in pool.operators().items():
         assert operator.name == name and set(operator.dynamic) <= set(operator.dims)
         assert set(operator.static) | set(operator.dynamic) == set(operator.dims)
@@ -23,7 +26,8 @@ def test_operators_are_the_folders() -> None:
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(
-        KeyError, match="found 'conv', expected one of attention, layer_norm, linear, paged_attention, rms_norm"
+        KeyError,
+        match="found 'conv', expected one of attention, cross_entropy, layer_norm, linear, paged_attention",
     ):
         pool.operator("conv")
 

@@ -113,7 +113,7 @@ def test_explain_refuses_questions_with_their_reason(asked: dict[str, Any], said
 def test_unknown_operators_are_named() -> None:
     for call in (lambda: made().explain("conv", m=1), lambda: made().server("conv")):
         with pytest.raises(
-            KeyError, match="expected one of attention, layer_norm, linear, paged_attention, rms_norm"
+            KeyError, match="expected one of attention, cross_entropy, layer_norm, linear, paged_attention"
         ):
             call()
 

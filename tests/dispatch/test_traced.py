@@ -18,10 +18,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dks.dispatch import traced
 from dks.dispatch.generation import Generation
 from dks.dispatch.ops.attention.traced import ATTENTION
+from dks.dispatch.ops.cross_entropy.traced import CROSS_ENTROPY
 from dks.dispatch.ops.layer_norm.traced import LAYER_NORM
 from dks.dispatch.ops.linear.traced import LINEAR
 from dks.dispatch.ops.paged_attention.traced import PAGED_ATTENTION
 from dks.dispatch.ops.rms_norm.traced import ADD_RMS_NORM, RMS_NORM
+from dks.dispatch.ops.rotary.traced import ROTARY
+from dks.dispatch.ops.silu_and_mul.traced import SILU_AND_MUL
 from dks.dispatch.ops.softmax.traced import SOFTMAX
 from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Rule, Table
@@ -37,6 +40,9 @@ ROUTES: dict[str, tuple[tuple[str, ...], list[dict[str, int]]]] = {
     "softmax": (("torch.softmax",), [{}]),
     "attention": (("torch.matmul_attention", "torch.sdpa"), [HEADS]),
     "paged_attention": (("torch.paged_loop_sdpa",), [HEADS | {"page": 4}]),
+    "silu_and_mul": (("torch.silu_and_mul",), [{"n": N}]),
+    "rotary": (("torch.rotary",), [HEADS]),
+    "cross_entropy": (("torch.cross_entropy",), [{"n": N}]),
 }
 
 
@@ -281,6 +287,48 @@ def test_a_page_that_is_not_there_is_found_when_the_graph_runs(runtime: Runtime)
         compiled(q, k, v, block_table + 9, lengths)
 
 
+class Head(nn.Module):
+    """A gate, a rotation and the loss of what comes of them."""
+
+    def __init__(self, runtime: Any, reduction: str = "mean") -> None:
+        super().__init__()
+        ops = ("silu_and_mul", "rotary", "cross_entropy")
+        self.gate, self.turn, self.lose = (runtime.server(op).call for op in ops)
+        self.reduction = reduction
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        heads = self.gate(x).view(-1, H, D)
+        q, k = self.turn(heads, heads + 1, *cache.chunk(2, -1), at)
+        y = (q + k).flatten(1)
+        return y, self.lose(y, at.masked_fill(at == 3, -100), reduction=self.reduction)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_one_graph_serves_gates_rotations_and_losses_of_every_batch(runtime: Runtime, reduction: str) -> None:
+    head, counter = Head(runtime, reduction), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(head, backend=counter, fullgraph=True)
+    for i, b in enumerate((5, 9, 2)):
+        given = torch.randn(b, 2 * N), torch.randn(N, D), torch.arange(b)
+        if i == 0:
+            torch._dynamo.mark_dynamic(given[0], 0)
+            torch._dynamo.mark_dynamic(given[2], 0)
+        found = compiled(*given)
+        assert hits(runtime) == dict.fromkeys(("silu_and_mul", "rotary", "cross_entropy"), 2 * i + 1)
+        assert all(torch.equal(y, w) for y, w in zip(found, head(*given), strict=True)), b
+    assert counter.frame_count == 1 and fallbacks(runtime) == {}
+    assert operators(counter.graphs[0]) >= {SILU_AND_MUL, ROTARY, CROSS_ENTROPY}
+
+
+def test_values_that_are_not_there_are_found_when_the_graph_runs(runtime: Runtime) -> None:
+    compiled = torch.compile(Head(runtime), backend="aot_eager", fullgraph=True)
+    x, cache = torch.randn(4, 2 * N), torch.randn(2 * N, D)
+    assert compiled(x, cache, torch.arange(4))[1].isfinite()
+    with pytest.raises(ValueError, match=f"rotary: found position {2 * N}, expected 0 to"):
+        compiled(x, cache, torch.arange(4) + 2 * N - 3)
+    with pytest.raises(IndexError, match="Target 16 is out of bounds"):
+        compiled(x, cache, torch.arange(4) + N - 3)
+
+
 def paged() -> tuple[torch.Tensor, ...]:
     k, v = torch.randn(2, 3, 4, H, D)
     table = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32)
@@ -314,6 +362,15 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (torch.randn(2, 2 * H, 3, D), *torch.randn(2, 2, H, S, D), None, False, None, True, NAME),
     ),
     "paged_attention": (PAGED_ATTENTION, (*paged(), None, NAME)),
+    "silu_and_mul": (SILU_AND_MUL, (tokens(2), NAME)),
+    "silu_and_mul strided": (SILU_AND_MUL, (tokens(2).transpose(0, 2), NAME)),
+    "rotary": (ROTARY, (*torch.randn(2, 3, H, D), *torch.randn(2, 7, D // 2), torch.tensor([5, 0, 5]), NAME)),
+    "rotary of a projection": (
+        ROTARY,
+        (*torch.randn(3, 3 * H, D).chunk(3, 1)[:2], *torch.randn(7, D).chunk(2, -1), torch.tensor([5, 0, 5]), NAME),
+    ),
+    "cross_entropy": (CROSS_ENTROPY, (tokens(2)[0], torch.tensor([3, -100, 0, 15]), -100, NAME)),
+    "cross_entropy strided": (CROSS_ENTROPY, (torch.randn(N, 3).t(), torch.tensor([3, 5, 0]), 3, NAME)),
     "no such table": (SOFTMAX, (tokens(2), -1, "never_imported")),
 }
 

@@ -16,7 +16,7 @@ IGNORED = -100
 def losses(form: Params, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     m, n = logits.shape
     dtype = next(name for name, dtype in DTYPES.items() if dtype is logits.dtype)
-    found = blank(m, dtype=torch.float32)
+    found = blank(m, dtype=logits.dtype)
     values = {
         **{"logits": logits, "targets": targets, "losses": found, "m": m, "n": n},
         **{"stride": logits.stride(0), "ignored": IGNORED},

@@ -41,6 +41,20 @@ def rms_norm(residual: str = "yes") -> Problem:
     return Problem.of("rms_norm", traits, {"m": 9, "n": 24})
 
 
+def silu_and_mul() -> Problem:
+    return Problem.of("silu_and_mul", {"dtype": "float32"}, {"m": 9, "n": 24})
+
+
+def rotary() -> Problem:
+    return Problem.of(
+        "rotary", {"dtype": "float32", "cache": "float32"}, {"tokens": 9, "h": 4, "hkv": 2, "d": 8}, 16
+    )
+
+
+def cross_entropy() -> Problem:
+    return Problem.of("cross_entropy", {"dtype": "float32"}, {"m": 9, "n": 24})
+
+
 def softmax() -> Problem:
     return Problem.of("softmax", {"dtype": "float32"}, {"m": 9, "n": 24})
 
@@ -171,6 +185,32 @@ def test_a_wrong_paged_attention_is_out(fresh: Checker, add: Add, name: str) -> 
     expect_out(fresh.check(paged(), add(wrong.PAGED[name], op="paged_attention")))
 
 
+@pytest.mark.parametrize("name", wrong.SILU_AND_MUL)
+def test_a_wrong_silu_and_mul_is_out(fresh: Checker, add: Add, name: str) -> None:
+    expect_out(fresh.check(silu_and_mul(), add(wrong.SILU_AND_MUL[name], op="silu_and_mul")))
+
+
+@pytest.mark.parametrize("name", wrong.ROTARY)
+def test_a_wrong_rotary_is_out(fresh: Checker, add: Add, name: str) -> None:
+    expect_out(fresh.check(rotary(), add(wrong.ROTARY[name], op="rotary")))
+
+
+@pytest.mark.parametrize("name", wrong.CROSS_ENTROPY)
+def test_a_wrong_cross_entropy_is_out(fresh: Checker, add: Add, name: str) -> None:
+    expect_out(fresh.check(cross_entropy(), add(wrong.CROSS_ENTROPY[name], op="cross_entropy")))
+
+
+def test_what_is_right_in_its_own_way_stays(fresh: Checker, add: Add) -> None:
+    """In float32, rounded once, as generated kernels compute; the framework rounds on the way."""
+    for op, bind in wrong.RIGHT.items():
+        for dtype in ("bfloat16", "float16"):
+            dims = dict.fromkeys(pool.operator(op).dims, 10)
+            traits = {name: values[0] for name, values in pool.operator(op).traits.items()} | {"dtype": dtype}
+            candidate = add(bind, op=op, precision={dtype: Precision.BF16})
+            verdict = fresh.check(Problem.of(op, traits, dims, 2), candidate)
+            assert verdict.status == "ok", (op, dtype, verdict)
+
+
 def test_there_are_enough_of_them() -> None:
     kinds = (wrong.LINEAR, wrong.LATER, wrong.GELU, wrong.ADD, wrong.LAYER_NORM, wrong.ATTENTION, wrong.PAGED)
     assert sum(len(kind) for kind in kinds) >= 55
@@ -214,7 +254,18 @@ def test_the_recheck_alone_finds_it(fresh: Checker, add: Add, name: str) -> None
 
 @pytest.mark.parametrize(
     "problem",
-    [linear(), linear("add"), layer_norm(), rms_norm(), softmax(), attention(mask="float"), paged()],
+    [
+        linear(),
+        linear("add"),
+        layer_norm(),
+        rms_norm(),
+        softmax(),
+        attention(mask="float"),
+        paged(),
+        silu_and_mul(),
+        rotary(),
+        cross_entropy(),
+    ],
 )
 def test_a_right_kernel_passes_the_recheck(checker: Checker, problem: Problem) -> None:
     default = pool.kernels()[pool.operator(problem.op).default]
@@ -359,7 +410,7 @@ def test_one_element_in_a_large_output_is_found() -> None:
 
 # -- good kernels ----------------------------------------------------------------------------------------
 
-LEAST = {"float32": 4, "bfloat16": 2}
+LEAST = {"float32": 4, "bfloat16": 2, "float16": 2}
 STATICS: dict[str, list[dict[str, int]]] = {
     "linear": [{"n": 65, "k": 33}, {"n": 64, "k": 128}],
     "layer_norm": [{"n": 33}, {"n": 2}],
@@ -367,6 +418,9 @@ STATICS: dict[str, list[dict[str, int]]] = {
     "softmax": [{}],
     "attention": [{"h": 2, "hkv": 1, "d": 16}],
     "paged_attention": [{"h": 2, "hkv": 1, "d": 16, "page": 16}],
+    "silu_and_mul": [{"n": 33}, {"n": 2}],
+    "rotary": [{"h": 3, "hkv": 1, "d": 16}],
+    "cross_entropy": [{"n": 33}, {"n": 2}],
 }
 MORE: dict[str, list[dict[str, int]]] = {
     "linear": [{"n": 1, "k": 1}, {"n": 384, "k": 384}, {"n": 3, "k": 4096}],
@@ -375,6 +429,9 @@ MORE: dict[str, list[dict[str, int]]] = {
     "softmax": [],
     "attention": [{"h": 4, "hkv": 4, "d": 32}, {"h": 3, "hkv": 1, "d": 33}],
     "paged_attention": [{"h": 4, "hkv": 4, "d": 32, "page": 1}, {"h": 3, "hkv": 1, "d": 33, "page": 5}],
+    "silu_and_mul": [{"n": 1}, {"n": 384}],
+    "rotary": [{"h": 4, "hkv": 4, "d": 2}, {"h": 8, "hkv": 2, "d": 80}],
+    "cross_entropy": [{"n": 1}, {"n": 384}],
 }
 DYNAMIC: dict[str, list[dict[str, int]]] = {
     "linear": [{"m": 8}, {"m": 200}],
@@ -383,6 +440,9 @@ DYNAMIC: dict[str, list[dict[str, int]]] = {
     "softmax": [{"m": 1, "n": 300}, {"m": 200, "n": 7}],
     "attention": [{"b": 1, "q": 33, "kv": 33}],
     "paged_attention": [{"b": 3, "kv": 33}],
+    "silu_and_mul": [{"m": 1}, {"m": 200}],
+    "rotary": [{"tokens": 1}, {"tokens": 100}],
+    "cross_entropy": [{"m": 1}, {"m": 200}],
 }
 
 

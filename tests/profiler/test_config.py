@@ -197,7 +197,7 @@ UNKNOWN_AND_MISSING = [
     ("    tie", "    ties", "16: operators.attention.ties: found 'ties', expected one of bins, tie, "),
     ("name: good\n", "", "1: name: found nothing, expected it: this key has no default"),
     ("version: 1\n", "", "1: version: found nothing, expected 1"),
-    ("linear:", "linar:", "4: operators.linar: found 'linar', expected one of attention, layer_norm, "),
+    ("linear:", "linar:", "4: operators.linar: found 'linar', expected one of attention, cross_entropy, "),
     ("linear:", "linar:", "; did you mean 'linear'?"),
     ("float32", "flot32", "9: operators.linear.problems[0].traits.dtype: found 'flot32', expected one of "),
     ("float32", "flot32", "expected one of float32, bfloat16; did you mean 'float32'?"),

@@ -490,6 +490,85 @@ def first_lengths_forever(problem: Problem, params: object) -> Run:
     return run
 
 
+# -- gates, rotations, losses -----------------------------------------------------------------------------
+
+
+def gated(compute: Callable[[T, T], Any]) -> Bind:
+    """``compute(gate, values)``: the two halves of x."""
+    return lambda problem, params: lambda x: compute(*x.chunk(2, -1))
+
+
+def turn(x: T, cos: T, sin: T) -> T:
+    """x (tokens, heads, d), cos and sin (tokens, d / 2), in float32."""
+    left, right = x.float().chunk(2, -1)
+    cos, sin = cos.float()[:, None], sin.float()[:, None]
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
+
+
+def turned(change: Callable[[T, T, T, T, T], Any]) -> Bind:
+    """q and k turned by the rows (q, k, cos, sin) that ``change(q, k, cos, sin, positions)`` says."""
+
+    def bind(problem: Problem, params: object) -> Any:
+        def run(q: T, k: T, cos: T, sin: T, positions: T) -> Any:
+            q, k, cos, sin = change(q, k, cos, sin, positions)
+            return turn(q, cos, sin), turn(k, cos, sin)
+
+        return run
+
+    return bind
+
+
+def rotation(compute: Callable[[T, T, T, T], Any]) -> Bind:
+    """``compute(q, k, cos, sin)``, with the caches' rows already those of the tokens."""
+    return lambda problem, params: lambda q, k, cos, sin, at: compute(q, k, cos[at], sin[at])
+
+
+def interleaved(x: T, cos: T, sin: T) -> T:
+    """Pairs 2i and 2i + 1."""
+    left, right = x[..., ::2], x[..., 1::2]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((left * cos - right * sin, right * cos + left * sin), -1).flatten(-2)
+
+
+def first_positions_forever(problem: Problem, params: object) -> Any:
+    held: dict[int, T] = {}
+
+    def run(q: T, k: T, cos: T, sin: T, positions: T) -> Any:
+        own = held.setdefault(len(q), positions.clone()).clamp(max=len(cos) - 1)
+        return turn(q, cos[own], sin[own]), turn(k, cos[own], sin[own])
+
+    return run
+
+
+def lost(compute: Callable[[T, T, int], Any]) -> Bind:
+    """``compute(logits, targets, ignored)``."""
+    return lambda problem, params: compute
+
+
+def losses(logits: T, targets: T, ignored: int, at: int = 0) -> T:
+    """In float32, of the logit ``at`` columns after the target."""
+    wide = logits.float()
+    hit = wide.gather(1, targets.masked_fill(targets == ignored, 0)[:, None].add(at).remainder(logits.shape[1]))
+    return (wide.logsumexp(1) - hit[:, 0]).masked_fill(targets == ignored, 0.0).to(logits.dtype)
+
+
+def no_maximum_of_logits(logits: T, targets: T, ignored: int) -> T:
+    hit = logits.gather(1, targets.masked_fill(targets == ignored, 0)[:, None])[:, 0]
+    return (logits.exp().sum(1).log() - hit).masked_fill(targets == ignored, 0.0)
+
+
+def one_row_spoils_all(logits: T, targets: T, ignored: int) -> T:
+    y = losses(logits, targets, ignored)
+    return y + 0 * y.sum()
+
+
+RIGHT: dict[str, Bind] = {
+    "silu_and_mul": gated(lambda gate, values: (F.silu(gate.float()) * values.float()).to(gate.dtype)),
+    "rotary": rotation(lambda q, k, cos, sin: (turn(q, cos, sin), turn(k, cos, sin))),
+    "cross_entropy": lost(losses),
+}
+"""None of these is wrong: each computes in float32 and rounds once."""
+
 LINEAR: dict[str, Bind] = {
     "ignores the bias": computed(lambda x, w, b: F.linear(x, w)),
     "subtracts the bias": computed(lambda x, w, b: F.linear(x, w) - b),
@@ -701,3 +780,58 @@ PAGED: dict[str, Bind] = {
     "masks scores alone": masks_scores_alone,
     "first lengths forever": first_lengths_forever,
 }
+
+SILU_AND_MUL: dict[str, Bind] = {
+    "halves swapped": gated(lambda gate, values: F.silu(values) * gate),
+    "no gate": gated(lambda gate, values: gate * values),
+    "values not multiplied": gated(lambda gate, values: F.silu(gate)),
+    "sigmoid": gated(lambda gate, values: torch.sigmoid(gate) * values),
+    "gelu": gated(lambda gate, values: F.gelu(gate) * values),
+    "interleaved": lambda problem, params: lambda x: F.silu(x[..., ::2]) * x[..., 1::2],
+    "one row off": gated(lambda gate, values: F.silu(gate) * values.roll(1, 0)),
+    "one column off": gated(lambda gate, values: F.silu(gate) * values.roll(1, 1)),
+    "last column not written": gated(lambda gate, values: F.pad((F.silu(gate) * values)[:, :-1], (0, 1))),
+    "exponent overflows": gated(lambda gate, values: gate * gate.exp() / (1 + gate.exp()) * values),
+    "in its input": gated(lambda gate, values: gate.copy_(F.silu(gate) * values)),
+}
+
+ROTARY: dict[str, Bind] = {
+    "halves swapped": rotation(lambda q, k, cos, sin: (turn(q.roll(4, 2), cos, sin), turn(k.roll(4, 2), cos, sin))),
+    "pairs side by side": rotation(lambda q, k, cos, sin: (interleaved(q, cos, sin), interleaved(k, cos, sin))),
+    "the other way": rotation(lambda q, k, cos, sin: (turn(q, cos, -sin), turn(k, cos, -sin))),
+    "sine for cosine": rotation(lambda q, k, cos, sin: (turn(q, sin, cos), turn(k, sin, cos))),
+    "k not turned": rotation(lambda q, k, cos, sin: (turn(q, cos, sin), k.clone())),
+    "k returned": rotation(lambda q, k, cos, sin: (turn(q, cos, sin), k)),
+    "pair swapped": rotation(lambda q, k, cos, sin: (turn(k, cos, sin), turn(q, cos, sin))),
+    "the first head for all": turned(lambda q, k, cos, sin, at: (q[:, :1].expand(q.shape), k, cos[at], sin[at])),
+    "tokens for positions": turned(lambda q, k, cos, sin, at: (q, k, cos[: len(q)], sin[: len(q)])),
+    "one row off": turned(lambda q, k, cos, sin, at: (q, k, cos[at.roll(1)], sin[at.roll(1)])),
+    "one position on": turned(lambda q, k, cos, sin, at: (q, k, cos.roll(-1, 0)[at], sin.roll(-1, 0)[at])),
+    "positions sorted": turned(lambda q, k, cos, sin, at: (q, k, cos[at.sort().values], sin[at.sort().values])),
+    "first positions forever": first_positions_forever,
+    "caches rounded": turned(lambda q, k, cos, sin, at: (q, k, cos[at].bfloat16(), sin[at].bfloat16())),
+    "one half alone": rotation(lambda q, k, cos, sin: (
+        torch.cat((turn(q, cos, sin)[..., :4], q[..., 4:]), -1), turn(k, cos, sin))),
+}  # fmt: skip
+
+CROSS_ENTROPY: dict[str, Bind] = {
+    "one row off": lost(lambda x, t, ignored: losses(x, t.roll(1), ignored)),
+    "one column off": lost(lambda x, t, ignored: losses(x, t, ignored, 1)),
+    "ignored target not zero": lost(lambda x, t, ignored: losses(x, t.masked_fill(t == ignored, 0), -1)),
+    "negative targets alone are ignored": lost(lambda x, t, ignored: losses(x, t.masked_fill(t < 0, -1), -1)),
+    "-100 alone is ignored": lost(lambda x, t, ignored: losses(x, t, -100)),
+    "the last row's loss missing": lost(lambda x, t, ignored: F.pad(losses(x, t, ignored)[:-1], (0, 1))),
+    "last column dropped": lost(lambda x, t, ignored: losses(F.pad(x[:, :-1], (0, 1), value=-1e30), t, ignored)),
+    "no maximum": lost(no_maximum_of_logits),
+    "base 2": lost(lambda x, t, ignored: losses(x, t, ignored) / math.log(2)),
+    "negative": lost(lambda x, t, ignored: -losses(x, t, ignored)),
+    "mean": lost(lambda x, t, ignored: losses(x, t, ignored).mean().expand(len(x)).clone()),
+    "summed": lost(lambda x, t, ignored: losses(x, t, ignored).sum()),
+    "probabilities": lost(lambda x, t, ignored: 1 - torch.exp(-losses(x, t, ignored))),
+    "one row spoils all": lost(one_row_spoils_all),
+    "hides NaN": lost(lambda x, t, ignored: losses(x, t, ignored).nan_to_num()),
+    "float64": lost(lambda x, t, ignored: losses(x, t, ignored).double()),
+    "a column of losses": lost(lambda x, t, ignored: losses(x, t, ignored)[:, None]),
+    "the last loss by a thousandth": lost(lambda x, t, ignored: losses(x, t, ignored).index_add_(
+        0, torch.tensor([len(x) - 1]), torch.tensor([1e-3]))),
+}  # fmt: skip

@@ -8,8 +8,8 @@ import triton.language as tl
 def cross_entropy(logits, targets, losses, m, n, stride, ignored, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """losses (m,) = log(sum(exp(logits))) - logits[target], of logits (m, n) and targets (m,).
 
-    0 where the target is ``ignored``; NaN where it is no column, and then nothing is read there. One program takes
-    a row, with a running maximum as in softmax.
+    Computed in float32, whatever the dtype of logits and losses. 0 where the target is ``ignored``; NaN where it
+    is no column, and then nothing is read there. One program takes a row, with a running maximum as in softmax.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
