@@ -119,6 +119,12 @@ def softmax(dtype: str, params: Params, align: int) -> tuple[Program, ...]:
     return (_program("softmax", name, (*pointers, *counts("m"), *steps), (), params, align),)
 
 
+def silu_unsuited(params: Params, n: int) -> str | None:
+    """Why a parameter set of ``SILU_PARAMS`` can't be meant for rows of n elements, or None."""
+    block = dict(params)["block"]
+    return None if 2 * n > block or block == 512 else f"most of a block of {block} would be idle"
+
+
 def silu_and_mul(dtype: str, params: Params, align: int) -> tuple[Program, ...]:
     """x (m, 2n) -> y (m, n), for one of ``SILU_PARAMS``."""
     element, p = element_of(dtype), dict(params)

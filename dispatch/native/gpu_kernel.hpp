@@ -293,6 +293,10 @@ struct GpuKernel {
   }
 
   static bool parse_number(PyObject* object, const Slot& slot, std::int64_t& out) {
+    if (slot.real == 0 && PyLong_Check(object)) {  // to the last digit, which a double may not have
+      out = PyLong_AsLongLong(object);
+      return out != -1 || PyErr_Occurred() == nullptr;
+    }
     double found = slot.fallback;
     if (object != Py_None) {
       found = PyFloat_AsDouble(object);

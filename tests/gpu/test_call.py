@@ -82,6 +82,16 @@ def test_numbers_come_from_where_the_recipe_says(bind: Bind, fake: Fake) -> None
 
 
 @pytest.mark.parametrize("bind", FORMS, indirect=True)
+def test_whole_numbers_are_passed_to_the_last_digit(bind: Bind, fake: Fake) -> None:
+    arguments = (Argument("x", "*bf16", 1), Argument("ignored", "i64"))
+    program = Program("f", "none.py", "f", arguments, (), 16, 4, 1, ((("", 1),), (), ()))
+    run = bind(Recipe(RECIPE.inputs, ((program, {"x": given(0), "ignored": number(1, -100)}),), RECIPE.buffers))
+    for given_number in (2**60 + 1, -(2**60) - 1, None):
+        run(tensor(40), given_number)
+    assert [numbers[10] for _, numbers in fake.calls("launch")] == [2**60 + 1, -(2**60) - 1, -100]
+
+
+@pytest.mark.parametrize("bind", FORMS, indirect=True)
 def test_outputs_have_the_shapes_that_the_recipe_says_and_constants_are_held(bind: Bind, fake: Fake) -> None:
     weight = tensor(24)
     values = {**VALUES, "x": weight, "y": buffer(2), "n": 24, "stride": 24, "scale": 1.5}

@@ -187,6 +187,40 @@ def test_paged_attention(kernel: Kernel) -> None:
     assert kernel.objection(problem_of(kernel, {**dims, "d": 80})) == "takes heads of 64 or 128 elements, not 80"
 
 
+@of("silu_and_mul")
+def test_silu_and_mul(kernel: Kernel) -> None:
+    for n, dtype in ((48, "float16"), (1304, "float32")):
+        width = n if kernel.align else n - 3
+        assert check(kernel, problem_of(kernel, {"m": 6, "n": width}, dtype=dtype))
+
+
+@of("rotary")
+def test_rotary(kernel: Kernel) -> None:
+    for h, hkv, d, cache in ((9, 2, 64, "float32"), (3, 3, 32, "same")):
+        size = d if kernel.align else d - 6
+        problem = problem_of(kernel, {"tokens": 5, "h": h, "hkv": hkv, "d": size}, cache=cache)
+        assert check(kernel, problem)
+        q, k, cos, sin, positions = drawn(problem).dynamic
+        packed = torch.cat((q, k), 1)  # heads of one projection, and halves of one cache
+        caches = torch.cat((cos, sin), 1)
+        split = (packed[:, :h], packed[:, h:], caches[:, : size // 2], caches[:, size // 2 :], positions)
+        check_call(kernel, problem, kernel.params[0], Inputs((), split))
+    wide = problem_of(kernel, {"tokens": 5, "h": 2, "hkv": 3, "d": 64}, cache="same")
+    assert kernel.objection(wide) == "takes no more key heads than query heads, not 3 and 2"
+
+
+@of("cross_entropy")
+def test_cross_entropy(kernel: Kernel) -> None:
+    for n, dtype in ((600, "float16"), (4208, "float32")):
+        width = n if kernel.align else n - 3
+        problem = problem_of(kernel, {"m": 5, "n": width}, dtype=dtype)
+        assert check(kernel, problem)
+        logits = drawn(problem).dynamic[0]
+        inputs = Inputs((), (logits, torch.arange(5), 0))
+        y = check_call(kernel, problem, kernel.params[0], inputs)
+        assert y[0] == 0 and y.dtype is logits.dtype
+
+
 def test_a_kernels_digest_is_that_of_its_triton_source_too(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = pool.kernels()["triton.matmul"]
     before = source_digest(kernel)
@@ -199,10 +233,13 @@ def test_a_kernels_digest_is_that_of_its_triton_source_too(monkeypatch: pytest.M
 # -- by the checks that a sweep makes, with extreme values among them ------------------------------------------
 
 SIZES: dict[str, dict[str, int]] = {
-    "linear": {"m": 5, "n": 64, "k": 96},
+    "linear": {"m": 5, "n": 64, "k": 272},
     "rms_norm": {"m": 5, "n": 96},
     "layer_norm": {"m": 5, "n": 96},
     "softmax": {"m": 5, "n": 96},
+    "silu_and_mul": {"m": 5, "n": 96},
+    "rotary": {"tokens": 5, "h": 3, "hkv": 2, "d": 32},
+    "cross_entropy": {"m": 5, "n": 96},
     "attention": {"b": 2, "q": 20, "kv": 40, "h": 2, "hkv": 1, "d": 64},
     "paged_attention": {"b": 2, "kv": 80, "h": 2, "hkv": 1, "d": 64, "page": 16},
 }
@@ -211,6 +248,9 @@ VARIANTS: dict[str, tuple[dict[str, str], ...]] = {
     "rms_norm": ({"affine": "yes", "residual": "yes"}, {"affine": "no", "residual": "no"}),
     "layer_norm": ({"affine": "yes"}, {"affine": "no"}),
     "softmax": ({},),
+    "silu_and_mul": ({},),
+    "rotary": ({"cache": "float32"}, {"cache": "same"}),
+    "cross_entropy": ({},),
     "attention": ({"layout": "bshd", "causal": "yes"}, {"layout": "bhsd", "causal": "no"}),
     "paged_attention": ({},),
 }
