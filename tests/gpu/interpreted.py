@@ -45,7 +45,7 @@ def launch(
     readable = [places(value) for value in tensors.values()]
     writable = [places(tensors[name]) for name in outputs if name in tensors]
     watched = _watched(np.unique(np.concatenate(readable)), np.unique(np.concatenate(writable)))
-    with watched, _rounding(), np.errstate(all="ignore"), warnings.catch_warnings():
+    with watched, _as_a_gpu(), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of NaN
         for program in programs:
             kernel = kernel_of(program)
@@ -122,9 +122,10 @@ def _watched(readable: Any, writable: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _rounding() -> Iterator[None]:
-    """The interpreter cuts digits off where a GPU rounds to even: of fp8's three that is twice the error."""
-    cut = interpreter._convert_float
+def _as_a_gpu() -> Iterator[None]:
+    """Where the interpreter cuts digits off, a GPU rounds to even: of fp8's three that is half the error. And of a
+    number and NaN the maximum is the number there."""
+    builder, cut = interpreter.interpreter_builder, interpreter._convert_float
 
     def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
         if source.name != "fp32" or target.name not in ("bf16", "fp8e4nv"):
@@ -135,10 +136,13 @@ def _rounding() -> Iterator[None]:
         return bits.view(np.uint16 if bits.itemsize == 2 else np.uint8).reshape(values.shape)
 
     interpreter._convert_float = rounded
+    builder.create_maxnumf = lambda a, b: builder.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda a, b: builder.binary_op(a, b, np.fmin)
     try:
         yield
     finally:
         interpreter._convert_float = cut
+        del builder.create_maxnumf, builder.create_minnumf
 
 
 @contextmanager
