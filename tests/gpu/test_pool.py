@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from dks.dispatch import pool
-from dks.dispatch.gpu import call, library, rows
+from dks.dispatch import native, pool
+from dks.dispatch.gpu import call, launch, library, rows
+from dks.dispatch.gpu.library import Steps
 from dks.dispatch.kernel import Inputs, Kernel, Params, relative_error, source_digest
 from dks.dispatch.problem import Candidate, Problem
 from dks.profiler.check import Checker
+from tests.gpu.conftest import Fake, Open
+from tests.gpu.cubins import made
 from tests.gpu.interpreted import SOAK
 from tests.gpu.interpreting import Plan
 
@@ -222,6 +225,37 @@ def test_cross_entropy(kernel: Kernel) -> None:
         assert y[0] == 0 and y.dtype is logits.dtype
 
 
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.id)
+def test_the_compiled_fast_path_launches_what_python_does(
+    kernel: Kernel, opened: Open, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = opened()
+
+    def locate(steps: Steps) -> launch.Plan:
+        found = []
+        for each, values in steps:
+            cubin = made(each.symbol, arguments=each.arguments, align=each.align, grid=each.grid)
+            found.append(launch.Step(launcher.add(cubin), values))
+        return launch.Plan(launcher, found)
+
+    monkeypatch.setattr(library, "_locate", locate)
+    traits = {"mask": "none"} if kernel.op == "attention" else {}
+    problem = problem_of(kernel, SIZES[kernel.op], **traits, **VARIANTS[kernel.op][0])
+    inputs, params = drawn(problem), kernel.params[-1]
+    assert native.module is not None
+    kernel.bind(problem, params, *inputs.static)(*inputs.dynamic)
+    fast = fake.calls("launch")
+    monkeypatch.setattr(native, "module", None)
+    kernel.bind(problem, params, *inputs.static)(*inputs.dynamic)
+    both = fake.calls("launch")
+    slow = both[len(fast) :]
+    assert fast and [names for names, _ in fast] == [names for names, _ in slow]
+    for (_, one), (_, other) in zip(fast, slow, strict=True):
+        assert len(one) == len(other)
+        # Addresses of what each call allocates differ; they are far above all other numbers.
+        assert [each for each in one if abs(each) < 2**40] == [each for each in other if abs(each) < 2**40]
+
+
 def test_a_kernels_digest_is_that_of_its_triton_source_too(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = pool.kernels()["triton.matmul"]
     before = source_digest(kernel)
@@ -234,7 +268,7 @@ def test_a_kernels_digest_is_that_of_its_triton_source_too(monkeypatch: pytest.M
 # -- by the checks that a sweep makes, with extreme values among them ------------------------------------------
 
 SIZES: dict[str, dict[str, int]] = {
-    "linear": {"m": 4, "n": 32, "k": 1040},
+    "linear": {"m": 4, "n": 16, "k": 1040},
     "rms_norm": {"m": 5, "n": 96},
     "layer_norm": {"m": 5, "n": 96},
     "softmax": {"m": 5, "n": 96},
