@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from dks.dispatch.gpu import program
+from dks.dispatch.gpu.cutlass import configuration as cutlass
+from dks.dispatch.gpu.cutlass.configuration import Configuration
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles.unit import Unit, source_of
@@ -89,6 +91,7 @@ class Kernel:
         header: the file in ``dks/dispatch/tiles`` that such functions are made from.
         programs: the Triton programs that a candidate launches, where it launches any.
         sources: the files in ``dks/dispatch/gpu/kernels`` that they are in.
+        configuration: the CUTLASS kernel that a candidate runs, where it runs one; after its programs.
         align: bytes to which it needs every pointer and row stride aligned; 0 means the element's size. Not among
             them are masks, block tables and lengths, aligned to their own elements alone, and the distance of
             softmax's rows, which comes with a call.
@@ -113,6 +116,7 @@ class Kernel:
     header: str = ""
     programs: Callable[[Problem, Params], tuple[Program, ...]] | None = None
     sources: tuple[str, ...] = ()
+    configuration: Callable[[Problem, Params], Configuration] | None = None
     align: int = 0
     supports: Callable[[Problem], str | None] = always
     suits: Callable[[Problem, Params], str | None] = always
@@ -150,7 +154,7 @@ class Kernel:
 
 
 def source_digest(kernel: Kernel) -> str:
-    """First 16 hex digits of a SHA-256 over a kernel's files: its own, those it builds on, its C++ template."""
+    """First 16 hex digits of a SHA-256 over a kernel's files: its own, those it builds on, its templates."""
     todo, seen = [kernel.bind.__module__], dict[str, bytes]()
     while todo:
         name = todo.pop()
@@ -166,6 +170,8 @@ def source_digest(kernel: Kernel) -> str:
         seen[kernel.header] = source_of(kernel.header).encode()
     for name in kernel.sources:
         seen[f"gpu/kernels/{name}"] = program.source_of(name).encode()
+    for name in cutlass.SOURCES if kernel.configuration else ():
+        seen[f"gpu/cutlass/{name}"] = (cutlass.HERE / name).read_bytes()
     digest = hashlib.sha256()
     for name in sorted(seen):
         digest.update(name.encode() + b"\0" + seen[name] + b"\0")

@@ -29,6 +29,8 @@ KERNELS = "_kernels.so"
 """The shared library of the generated kernels that a table chose, where it chose any."""
 GPU = "_gpu.so"
 """The same of Triton programs, with what launches them."""
+CUTLASS = "_cutlass.so"
+"""The same of CUTLASS kernels, with CUDA's run-time in it."""
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_FILES = 64

@@ -23,6 +23,7 @@ import torch
 
 from dks.dispatch import pool
 from dks.dispatch.gpu import library as gpu_library
+from dks.dispatch.gpu.cutlass import library as cutlass_library
 from dks.dispatch.kernel import Inputs, Kernel, Launch, parts, relative_error
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles import library
@@ -268,8 +269,10 @@ def _lack(kernel: Kernel, problem: Problem, candidate: Candidate) -> str | None:
     """Why the generated code that a candidate runs can't be called here, or None."""
     if kernel.unit is not None:
         return library.lack(kernel.unit(problem, candidate.params))
-    if kernel.programs is not None:
-        return gpu_library.lack(kernel.programs(problem, candidate.params))
+    if kernel.programs is not None and (why := gpu_library.lack(kernel.programs(problem, candidate.params))):
+        return why
+    if kernel.configuration is not None:
+        return cutlass_library.lack(kernel.configuration(problem, candidate.params))
     return None
 
 

@@ -9,6 +9,8 @@ from typing import TypeVar
 from dks.dispatch import pool
 from dks.dispatch.gpu import compile as gpu_compile
 from dks.dispatch.gpu import embed, measuring
+from dks.dispatch.gpu.cutlass import build as cutlass_build
+from dks.dispatch.gpu.cutlass.configuration import Configuration
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.kernel import Kernel
 from dks.dispatch.native import build as native_build
@@ -32,6 +34,13 @@ def programs(asked: Asked) -> list[Program]:
     return _each_once(asked, lambda kernel, *rest: () if kernel.programs is None else kernel.programs(*rest))
 
 
+def configurations(asked: Asked) -> list[Configuration]:
+    """The CUTLASS kernels that these candidates run, each once."""
+    return _each_once(
+        asked, lambda kernel, *rest: () if kernel.configuration is None else (kernel.configuration(*rest),)
+    )
+
+
 def _each_once(asked: Asked, of: Callable[..., Iterable[_T]]) -> list[_T]:
     found: dict[_T, None] = {}
     for problem, candidate in asked:
@@ -48,8 +57,8 @@ def _each_once(asked: Asked, of: Callable[..., Iterable[_T]]) -> list[_T]:
 def compile_for(asked: Asked, say: Said, device: str = "cpu") -> None:
     """Compile what these candidates need on a device. What does not compile gets a status when it is checked."""
     asked = list(asked)
-    wanted, launched = units(asked), programs(asked)
-    if not (wanted or launched):
+    wanted, launched, cutlass = units(asked), programs(asked), configurations(asked)
+    if not (wanted or launched or cutlass):
         return
     if why := build.distrust():
         say(f"no generated kernel is measured: {why}")
@@ -62,6 +71,8 @@ def compile_for(asked: Asked, say: Said, device: str = "cpu") -> None:
         _failures(build.build(missing), say)
     if launched:
         _compile_programs(launched, device, say)
+    if cutlass:
+        _compile_cutlass(cutlass, device, say)
 
 
 def _compile_programs(wanted: list[Program], device: str, say: Said) -> None:
@@ -82,6 +93,18 @@ def _compile_programs(wanted: list[Program], device: str, say: Said) -> None:
 
     failed = gpu_compile.build(missing, (arch,), progress=told)
     _failures({symbol: why for (symbol, _), why in failed.items()}, say)
+
+
+def _compile_cutlass(wanted: list[Configuration], device: str, say: Said) -> None:
+    if why := cutlass_build.unavailable():
+        say(f"no CUTLASS kernel is compiled: {why}")
+        return
+    capability = measuring.capability(device)
+    compiled = [configuration.on(capability) for configuration in wanted]
+    missing = [configuration for configuration in compiled if not cutlass_build.is_built(configuration)]
+    if missing:
+        _said(len(missing), len(wanted), f"CUTLASS kernels for sm_{capability}, a minute each", say)
+        _failures(cutlass_build.build(missing, told=lambda done, of: say(f"{done} of {of} compiled")), say)
 
 
 def _said(missing: int, wanted: int, what: str, say: Said) -> None:

@@ -22,6 +22,7 @@ import torch
 from dks.dispatch import native
 from dks.dispatch.gpu import library as gpu_library
 from dks.dispatch.gpu import measuring
+from dks.dispatch.gpu.cutlass import library as cutlass_library
 from dks.dispatch.native import build as native_build
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build, library
@@ -60,7 +61,9 @@ class Worker:
                 torch.set_num_threads(request["threads"])
             device = open_device(request["device"])
             if device.torch.type == "cuda":
-                gpu_library.look_in(measuring.locate(measuring.capability(request["device"])))
+                capability = measuring.capability(request["device"])
+                gpu_library.look_in(measuring.locate(capability))
+                cutlass_library.look_in(measuring.locate_cutlass(capability))
             self._bench = Bench(request["seed"], request["cache"], self.in_flight, device)
             yield {"done": True}
             return
