@@ -12,10 +12,11 @@ from dks.dispatch import pool
 from dks.dispatch.errors import BadInput
 from dks.dispatch.gpu import compile as gpu_compile
 from dks.dispatch.gpu import embed, measuring
+from dks.dispatch.gpu.cublaslt import build as cublaslt_build
 from dks.dispatch.gpu.cutlass import build as cutlass_build
 from dks.dispatch.gpu.cutlass.configuration import Configuration
 from dks.dispatch.gpu.program import Program
-from dks.dispatch.manifest import CUTLASS, GPU, KERNELS
+from dks.dispatch.manifest import CUBLASLT, CUTLASS, GPU, KERNELS
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build
 from dks.dispatch.tiles.library import Missing
@@ -64,6 +65,23 @@ def chosen_configurations(lut: Lut) -> list[Configuration]:
 def _capability(isa: str) -> int:
     """Of sm_90: 90."""
     return int(isa.removeprefix("sm_"))
+
+
+def ship_cublaslt(lut: Lut, package: Path) -> None:
+    """Put what opens cuBLASLt into ``package``, where a rule runs one of its algorithms.
+
+    Raises:
+        BadInput: it can't be compiled here.
+    """
+    if not any(pool.kernels()[Candidate.parse(rule.candidate).kernel].search for rule in lut.rules):
+        return
+    why = cublaslt_build.compile_into(package)
+    if why:
+        raise BadInput(
+            f"kernels: the table chose algorithms of cuBLASLt, and what opens it can't be compiled here ({why}); "
+            "install a C++ compiler or name one in $CXX"
+        )
+    (package / cublaslt_build.BINARY).rename(package / CUBLASLT)
 
 
 def ship_configurations(configurations: Sequence[Configuration], package: Path) -> None:

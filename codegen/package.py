@@ -25,6 +25,7 @@ from dks.codegen.kernels import (
     describe,
     ship,
     ship_configurations,
+    ship_cublaslt,
     ship_programs,
 )
 from dks.codegen.launch import compile_library, ship_headers
@@ -158,6 +159,7 @@ def build(lut: Lut, rows: Iterable[Measurement], out: Path, name: str) -> Built:
         ship(units, package)
         ship_programs(programs, lut.environment.isa, package)
         ship_configurations(configurations, package)
+        ship_cublaslt(lut, package)
         kernels = describe(package, len(units), len(programs), len(configurations))
         lookup = _fill(package, lut, rows, name)
         changed = _put_in_place(package, out / name)

@@ -52,6 +52,9 @@ class Measurer(Protocol):
     def time(self, job: Job) -> Iterator[list[Round] | tuple[str, Finding]]:
         """As ``Bench.time``. Raises Lost."""
 
+    def search(self, problem: Problem, candidate: Candidate) -> list[Candidate]:
+        """The candidates that a kernel's search finds for a problem. Raises Lost."""
+
     def joules(self, problem: Problem, name: str) -> tuple[float | None, str]:
         """As ``Bench.joules``. Raises Lost."""
 
@@ -252,7 +255,7 @@ class _Run:
         """End the process, and put all that is known into Parquet."""
         self._end_process()
         for task in [*self._tasks, *self._outgrown()]:
-            self._store.compact(task.problem, task.role, task.weight, task.candidates)
+            self._store.compact(task.problem, task.role, task.weight, self._candidates(task))
         self._store.retire_journal()
 
     def _outgrown(self) -> list[Task]:
@@ -310,9 +313,10 @@ class _Run:
     def _lack(self, task: Task) -> str:
         """What is still to be measured of a problem, in words; empty if nothing is."""
         findings = self._store.findings(task.problem)
-        unchecked = [c for c in task.candidates if c.id not in findings.found]
+        candidates = self._candidates(task)
+        unchecked = [c for c in candidates if c.id not in findings.found]
         if unchecked:
-            return "not measured" if len(unchecked) == len(task.candidates) else f"{len(unchecked)} unchecked"
+            return "not measured" if len(unchecked) == len(candidates) else f"{len(unchecked)} unchecked"
         names = self._names(task)
         if not names:
             return ""
@@ -336,7 +340,9 @@ class _Run:
     def _names(self, task: Task) -> list[str]:
         """Candidates that may be timed; none where the default can't be."""
         findings = self._store.findings(task.problem)
-        names = [c.id for c in task.candidates if c.id in findings.found and findings.found[c.id].status == "ok"]
+        names = [
+            c.id for c in self._candidates(task) if c.id in findings.found and findings.found[c.id].status == "ok"
+        ]
         return names if task.default in names else []
 
     def _matter(self, task: Task) -> float:
@@ -407,9 +413,7 @@ class _Run:
         """
         findings = self._store.findings(task.problem)
         tried = False
-        for candidate in task.candidates:
-            if candidate.id in findings.found:
-                continue
+        for candidate in self._unchecked(task):
             if self._late():
                 return False
             tried = True
@@ -418,6 +422,28 @@ class _Run:
         if tried:
             _refuse_broken(task, findings)
         return True
+
+    def _candidates(self, task: Task) -> list[Candidate]:
+        """A problem's candidates, with those that a search has found for it."""
+        found = (Candidate.parse(name) for name in self._store.findings(task.problem).found)
+        return list(dict.fromkeys((*task.candidates, *(each for each in found if _searches(each) and each.params))))
+
+    def _unchecked(self, task: Task) -> Iterator[Candidate]:
+        """Those that nothing is known of. What stands for a search comes after all that it finds, so that a sweep
+        that ends between them searches again."""
+        known = self._store.findings(task.problem).found
+        for candidate in self._candidates(task):
+            if candidate.id in known:
+                continue
+            if _searches(candidate) and not candidate.params:
+                try:
+                    searched = self._worker().search(task.problem, candidate)
+                except Lost as lost:
+                    self._end_process()
+                    self._store.found(task.problem, candidate.id, Finding(lost.status, f"searching: {lost.reason}"))
+                    continue
+                yield from (each for each in searched if each.id not in known)
+            yield candidate
 
     def _excluded(self, task: Task, candidate: Candidate) -> Finding | None:
         begun = self._store.attempts.get((task.problem.id, candidate.id), 0)
@@ -542,6 +568,10 @@ def _fatal(finding: Finding) -> bool:
     ordinary = ("NotImplementedError", "TypeError", "ValueError", "RuntimeError")
     device = any(word in finding.reason for word in ("CUDA", "cuBLAS", "HIP", "device-side", "illegal"))
     return finding.status == "failed" and (device or not finding.reason.startswith(ordinary))
+
+
+def _searches(candidate: Candidate) -> bool:
+    return pool.kernels()[candidate.kernel].search is not None
 
 
 def _refuse_broken(task: Task, findings: Findings) -> None:

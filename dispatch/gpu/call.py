@@ -110,7 +110,7 @@ class Function:
 
     Attributes:
         run, workspace: their addresses.
-        constant: what ``constant`` points to.
+        constant: the address of what stays the same from call to call.
         values: an address, or a whole number.
         settle: raises what a code means. 1 is a call outside of the alignment class: nothing was launched.
         keep: what must live as long: tensors and libraries that addresses point to.
@@ -118,7 +118,7 @@ class Function:
 
     run: int
     workspace: int
-    constant: ctypes.Structure
+    constant: int
     values: tuple[Source | int, ...]
     settle: Callable[[int], None]
     keep: object = None
@@ -233,7 +233,7 @@ class _Python:
                 raise
             return self._second(*inputs)
         if function is not None and ready is not None:
-            function.settle(self._run(ctypes.byref(function.constant), ready[0]))
+            function.settle(self._run(function.constant, ready[0]))
         outputs = tuple(t for t, each in zip(buffers, self._recipe.buffers, strict=True) if each.returned)
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -255,7 +255,7 @@ class _Python:
         found = (_READERS[source.kind](source, inputs, buffers) for source in self._values)
         values = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in found]
         own = (ctypes.c_int64 * (len(values) + 4))(*values, 0, 0, current_stream(device), device.index or 0)
-        needed = self._needs(ctypes.byref(function.constant), own)
+        needed = self._needs(function.constant, own)
         if needed < 0:
             function.settle(-needed)
         room = torch.empty(needed, dtype=torch.uint8, device=device) if needed > 0 else None
@@ -349,8 +349,7 @@ def _native(
         program = (launch, scratch if plan.scratches else 0, *plan.steps)
         settle = plan.settle
     if (own := recipe.function) is not None:
-        address = ctypes.addressof(own.constant)
-        function = (own.run, own.workspace, address, len(own.values), own.settle)
+        function = (own.run, own.workspace, own.constant, len(own.values), own.settle)
     keep = (plan, own)
     return native.module.GpuKernel(
         _DEVICES[device], inputs, slots, buffers, program, function, second, settle, keep

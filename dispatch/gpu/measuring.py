@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from dks.dispatch.gpu import compile as compiling
 from dks.dispatch.gpu import embed, limits
+from dks.dispatch.gpu.cublaslt import build as cublaslt_build
 from dks.dispatch.gpu.cutlass import build as cutlass_build
 from dks.dispatch.gpu.cutlass import library as cutlass_library
 from dks.dispatch.gpu.cutlass.configuration import Configuration
@@ -54,6 +56,14 @@ def locate(device: int) -> Locate:
         return Plan(library(), [Step(kernel(program), bound) for program, bound in steps])
 
     return found
+
+
+def locate_cublaslt() -> Path:
+    """The library that opens cuBLASLt, compiled once. Raises Missing."""
+    path, why = cublaslt_build.cached()
+    if path is None:
+        raise Missing(f"cuBLASLt: {why}")
+    return path
 
 
 def locate_cutlass(device: int) -> cutlass_library.Locate:

@@ -19,6 +19,7 @@ from dks.codegen.kernels import chosen_configurations, describe, ship_configurat
 from dks.codegen.lut import Lut
 from dks.codegen.policy import Policy
 from dks.codegen.select import select
+from dks.dispatch import kernel as kernels
 from dks.dispatch import loader, native, pool
 from dks.dispatch.errors import BadInput
 from dks.dispatch.gpu import call, measuring
@@ -232,11 +233,12 @@ def test_nothing_is_launched_before_the_kernel_agrees(
 def test_a_kernels_digest_is_that_of_its_templates_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = pool.kernels()["cutlass.multistage"]
     before, other = source_digest(kernel), source_digest(pool.kernels()["triton.matmul"])
+    (tmp_path / "cutlass").mkdir()
     for name in configuration.SOURCES:
-        (tmp_path / name).write_text((configuration.HERE / name).read_text())
-    monkeypatch.setattr(configuration, "HERE", tmp_path)
+        (tmp_path / "cutlass" / name).write_text((configuration.HERE / name).read_text())
+    monkeypatch.setattr(kernels, "_GPU", tmp_path)
     assert source_digest(kernel) == before
-    (tmp_path / "hopper.cu.j2").write_text("")
+    (tmp_path / "cutlass" / "hopper.cu.j2").write_text("")
     assert source_digest(kernel) != before and source_digest(pool.kernels()["triton.matmul"]) == other
 
 

@@ -74,7 +74,7 @@ class Kernel:
     def function(self, constant: Linear, values: tuple[Source | int, ...], keep: object) -> Function:
         """As a call's recipe takes it: values of ``Call``'s fields up to ``ldy``, and what addresses point to."""
         run, workspace = self.functions
-        return Function(run, workspace, constant, values, self.settle, (self, keep))
+        return Function(run, workspace, ctypes.addressof(constant), values, self.settle, (self, constant, keep))
 
     def settle(self, status: int) -> None:
         """Nothing where a status is 0.

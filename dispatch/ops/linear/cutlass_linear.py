@@ -11,7 +11,7 @@ import torch
 from dks.dispatch.gpu import quantize
 from dks.dispatch.gpu.call import Buffer, Recipe, Source, Steps, bound, buffer, given, rows, steps
 from dks.dispatch.gpu.cutlass import library
-from dks.dispatch.gpu.cutlass.configuration import Configuration, configurations
+from dks.dispatch.gpu.cutlass.configuration import SOURCES, Configuration, configurations
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.kernel import Kernel, Params, Run
 from dks.dispatch.problem import Precision, Problem
@@ -77,6 +77,7 @@ def linear(schedule: str, align: int, form: str = "", rank: int = 30) -> Kernel:
         params=params_for(schedule, form or "bfloat16", align),
         programs=programs if form else None,
         sources=("quantize.py",) if form else (),
+        files=tuple(f"cutlass/{name}" for name in SOURCES),
         configuration=configuration,
         align=align,
         supports=supports,
