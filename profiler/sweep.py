@@ -19,7 +19,7 @@ from typing import Protocol
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
-from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.problem import Candidate, Problem, short
 from dks.profiler.bench import Job, entrants
 from dks.profiler.compiling import compile_for
 from dks.profiler.config import Sweep
@@ -545,7 +545,7 @@ class _Run:
             return "no candidate could be timed"
         best = max(ratios, key=lambda name: ratios[name])
         us = median([r.ns[best] for r in rounds if best in r.ns]) / 1e3
-        return f"{best} {ratios[best]:.2f}x ({us:.0f} us)"
+        return f"{short(best)} {ratios[best]:.2f}x ({us:.0f} us)"
 
     def _split(self) -> bool:
         """Split the bins that are too wide; whether there are any, and so more to measure."""

@@ -17,13 +17,14 @@ from dks.codegen.kernels import ship_cublaslt
 from dks.codegen.policy import Policy
 from dks.codegen.select import select
 from dks.dispatch import loader, native, pool
+from dks.dispatch.choice import Choice
 from dks.dispatch.evidence import read_run
 from dks.dispatch.gpu.cublaslt import build, library
 from dks.dispatch.gpu.launch import LaunchFailed, Misaligned
 from dks.dispatch.kernel import Declined, Kernel, Params, source_digest
 from dks.dispatch.manifest import CUBLASLT, intact
 from dks.dispatch.ops.linear.cublaslt_linear import algorithm_of, params_of
-from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.problem import Candidate, Problem, short
 from dks.dispatch.tiles.library import Missing
 from dks.profiler import worker
 from dks.profiler.config import load
@@ -82,8 +83,11 @@ def test_a_search_gives_candidates_that_parse_back(fake: Fake) -> None:
         candidate = Candidate(KERNEL.id, params)
         assert Candidate.parse(candidate.id) == candidate and len(candidate.id) < worker.NOTE_BYTES
         assert params_of(algorithm_of(params)) == params
+    assert short("triton.matmul/bm16") == "triton.matmul/bm16"
     most = Candidate(KERNEL.id, tuple((name, 2**64 - 1) for name, _ in found[0]))
     assert len(most.id) < worker.NOTE_BYTES and Candidate.parse(most.id) == most
+    chosen = Choice("linear", most.id, "bin", "measured")
+    assert re.match(r"linear -> cublaslt\.matmul/#[0-9a-f]{8}  \(bin match\)\n", str(chosen))
     scalar = pool.kernels()["cublaslt.matmul_scalar"]
     assert scalar.search is not None and scalar.search(problem(align=2, n=47))
     assert "alignments A 2 B 2 C 2 D 2" in fake.log()
