@@ -35,8 +35,9 @@ HOPPER = Environment(
 )
 TRAITS = {"dtype": "bfloat16", "bias": "no", "epilogue": "none"}
 N, K = 64, 1024
-FEW, MANY = "triton.gemv/rows1-bn4-bk512-w2-s1-split4", "triton.matmul/bm64-bn64-bk64-w4-s5-group8-split1-resident0"
-LOSER = "triton.matmul/bm16-bn32-bk256-w4-s4-group8-split1-resident0"
+WHOLE = "group8-split1-resident0-streamk0-tma0-flat0"
+FEW, MANY = "triton.gemv/rows1-bn4-bk512-w2-s1-split4", f"triton.matmul/bm64-bn64-bk64-w4-s5-{WHOLE}"
+LOSER = f"triton.matmul/bm16-bn32-bk256-w4-s4-{WHOLE}"
 
 
 def problem(m: int) -> Problem:
