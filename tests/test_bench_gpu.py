@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -342,6 +343,19 @@ def test_a_package_that_is_not_there_is_named(
     with pytest.raises(NotHere, match="needs the package h200_gemm"):
         gpu_run.package("h200_gemm")
     assert gpu_heldout.main() == 2 and "needs one of the packages" in capsys.readouterr().err
+
+
+def test_a_package_that_is_refused_here_is_not_measured(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = home / "runs" / "gpu" / "out" / "refused_one"
+    made.mkdir(parents=True)
+    (made / "manifest.json").write_text("{}")
+    monkeypatch.setattr(sys, "path", [])  # what package() adds goes with the test
+    said = {"table": "refused: driver: 580.1 != 590.1"}
+    monkeypatch.setattr(gpu_run.importlib, "import_module", lambda _: SimpleNamespace(stats=lambda: said))
+    with pytest.raises(NotHere, match="refused_one would measure the framework against"):
+        gpu_run.package("refused_one")
+    said["table"] = "serving"
+    assert gpu_run.package("refused_one").stats() is said
 
 
 SERVED = SimpleNamespace(

@@ -27,6 +27,8 @@ from dks.dispatch.gpu import library
 from dks.dispatch.gpu.launch import Library, Misaligned
 from dks.dispatch.manifest import GPU, MANIFEST
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.strict import needs
+from dks.dispatch.tiles import library as tiles
 from tests.codegen.rows import row
 from tests.gpu.conftest import Fake
 
@@ -121,6 +123,19 @@ def test_without_a_driver_a_launch_says_so_and_the_framework_can_serve(built: Bu
     run = kernel.bind(problem(64), Candidate.parse(MANY).params, torch.zeros(N, K, dtype=torch.bfloat16), None)
     with pytest.raises(Exception, match=r"driver|device"):
         run(torch.zeros(2, K, dtype=torch.bfloat16))
+
+
+def test_strict_mode_asks_for_the_programs_of_each_entry(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in (library, tiles):  # a test before this one may have compiled on demand
+        monkeypatch.setattr(each, "_locate", each._nowhere)
+    table = lut().table()
+    lines = needs(table, {})
+    assert lines and all("no loaded library has its Triton programs" in line for line in lines)
+    assert {line.partition(" ")[0] for line in lines} == {FEW, MANY}
+    library.add((built.folder / GPU).read_bytes(), "one")
+    assert needs(table, {}) == []
+    monkeypatch.setattr(library, "_locate", lambda steps: None)
+    assert needs(table, {}) == ["this process compiles kernels when they are asked for, as profiling does"]
 
 
 def test_importing_it_needs_no_triton_and_elsewhere_it_is_refused_by_name(built: Built) -> None:
