@@ -26,9 +26,10 @@ class Source:
 
     Attributes:
         kind: ``input`` or ``buffer``, whose address; ``size`` or ``stride`` of an input, in elements; ``rows`` of
-            an input, its elements over those of its last dim; ``number``, an input that is one.
+            an input, its elements over those of its last dim; ``number``, an input that is one;
+            ``buffer_stride``, in elements.
         index: of the input or buffer.
-        dim: of ``size`` and ``stride``; negative ones count from the last.
+        dim: of sizes and strides; negative ones count from the last.
         default: of a ``number`` that is None in a call.
     """
 
@@ -38,7 +39,7 @@ class Source:
     default: float = 0.0
 
 
-KINDS = ("input", "buffer", "size", "stride", "rows", "number")
+KINDS = ("input", "buffer", "size", "stride", "rows", "number", "buffer_stride")
 """In the order of ``enum Kind`` of ``native/gpu_kernel.hpp``."""
 
 
@@ -58,8 +59,13 @@ def size(index: int, dim: int) -> Source:
 
 
 def stride(index: int, dim: int) -> Source:
-    """Of an input, in elements."""
+    """Of an input, in elements; 0 where the dim has one element: whatever a tensor says there means nothing."""
     return Source("stride", index, dim)
+
+
+def buffer_stride(index: int, dim: int) -> Source:
+    """The same of a buffer."""
+    return Source("buffer_stride", index, dim)
 
 
 def rows(index: int) -> Source:
@@ -78,7 +84,7 @@ Value = Source | torch.Tensor | int | float
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory that a call allocates, contiguous, on its first input's device.
+    """Memory that a call allocates, in one piece, on its first input's device.
 
     Attributes:
         like: the input that has its leading dims.
@@ -87,6 +93,7 @@ class Buffer:
         dtype: name of its elements' dtype, as torch has it; the input's where empty.
         returned: whether it is an output; else it is free again when the call has been launched, which is safe,
             since what uses the memory next runs on the same stream.
+        swapped: whether its dims 1 and 2 lie in memory the other way round; else it is contiguous.
     """
 
     like: int = 0
@@ -94,6 +101,7 @@ class Buffer:
     dtype: str = ""
     returned: bool = True
     leading: bool = True
+    swapped: bool = False
 
 
 Steps = tuple[tuple[Program, Mapping[str, Value]], ...]
@@ -109,11 +117,13 @@ class Recipe:
             where it must be None.
         steps: what is launched.
         buffers: in the order in which outputs are returned.
+        most: numbers of the inputs, and what each may be at most for the programs to be right.
     """
 
     inputs: tuple[str, ...]
     steps: Steps
     buffers: tuple[Buffer, ...]
+    most: tuple[tuple[Source, int], ...] = ()
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -121,23 +131,28 @@ class Recipe:
         return tuple(program for program, _ in self.steps)
 
 
-def bound(recipe: Recipe, otherwise: Recipe | None = None, device: torch.device | str = "cuda") -> Launch:
+DEVICE = "cuda"
+"""Kind of device that tensors must lie on."""
+
+
+def bound(recipe: Recipe, *otherwise: Recipe, device: torch.device | str | None = None) -> Launch:
     """run(*inputs) -> the outputs, enqueued on the inputs' device's current stream.
 
     The code is loaded here, so that no request waits for that: onto ``device``, and onto another of its kind with
     the first call there.
 
     Args:
-        otherwise: what is launched instead where a call is outside the programs' alignment class.
-        device: the current one of its kind, where it has no number. All tensors of a call must lie on one device of
-            this kind.
+        otherwise: of the same inputs and outputs; the first of them that can is launched where a call is outside
+            the alignment class of the recipe's programs, or beyond what they take at most.
+        device: the current one of its kind, where it has no number; ``DEVICE`` where None. All tensors of a call must
+            lie on one device of this kind.
 
     Raises:
         Missing: a program has no compiled form here.
         Declined, ContextLost, LaunchFailed: the code can't be loaded; see ``launch.Library.settle``.
     """
-    device = torch.device(device)
-    second = None if otherwise is None else bound(otherwise, None, device)
+    device = torch.device(device or DEVICE)
+    second = bound(*otherwise, device=device) if otherwise else None
     plan, sources = planned(recipe)
     if device.type == "cuda":
         plan.load(torch.cuda.current_device() if device.index is None else device.index)
@@ -189,10 +204,16 @@ class _Python:
         self._recipe, self._sources, self._plan = recipe, sources, plan
         self._second, self._device = second, device
         self._reads = tuple(_READERS[source.kind] for source in sources)
+        self._most = tuple((_READERS[source.kind], source, most) for source, most in recipe.most)
 
     def __call__(self, *inputs: Any) -> Output:
         inputs += (None,) * (len(self._recipe.inputs) - len(inputs))
         device = self._checked(inputs)
+        for read, source, most in self._most:
+            if read(source, inputs, ()) > most:
+                if self._second is None:
+                    raise Declined(f"a {source.kind} above {most}, which is the most that the programs take")
+                return self._second(*inputs)
         buffers = [_made(each, inputs) for each in self._recipe.buffers]
         values = [read(source, inputs, buffers) for read, source in zip(self._reads, self._sources, strict=True)]
         index = device.index or 0
@@ -226,12 +247,20 @@ class _Python:
 def _made(each: Buffer, inputs: Sequence[Any]) -> torch.Tensor:
     like: torch.Tensor = inputs[each.like]
     leading = like.shape[:-1] if each.leading else ()
-    shape = like.shape if each.last is None else (*leading, *([each.last] if each.last else []))
-    return like.new_empty(tuple(shape), dtype=getattr(torch, each.dtype) if each.dtype else like.dtype)
+    shape = [*like.shape] if each.last is None else [*leading, *([each.last] if each.last else [])]
+    swaps = each.swapped and len(shape) > 2
+    if swaps:
+        shape[1], shape[2] = shape[2], shape[1]
+    made = like.new_empty(shape, dtype=getattr(torch, each.dtype) if each.dtype else like.dtype)
+    return made.transpose(1, 2) if swaps else made
 
 
 def _rows(t: torch.Tensor) -> int:
     return math.prod(t.shape[:-1])
+
+
+def _stride(t: torch.Tensor, dim: int) -> int:
+    return t.stride(dim) if t.shape[dim] != 1 else 0
 
 
 _Read = Callable[[Source, Sequence[Any], Sequence[torch.Tensor]], Any]
@@ -239,9 +268,10 @@ _READERS: Mapping[str, _Read] = {
     "input": lambda source, inputs, _: inputs[source.index],
     "buffer": lambda source, _, buffers: buffers[source.index],
     "size": lambda source, inputs, _: inputs[source.index].shape[source.dim],
-    "stride": lambda source, inputs, _: inputs[source.index].stride(source.dim),
+    "stride": lambda source, inputs, _: _stride(inputs[source.index], source.dim),
     "rows": lambda source, inputs, _: _rows(inputs[source.index]),
     "number": lambda source, inputs, _: source.default if inputs[source.index] is None else inputs[source.index],
+    "buffer_stride": lambda source, _, buffers: _stride(buffers[source.index], source.dim),
 }
 
 _DEVICES = {"cpu": 1, "cuda": 2}
@@ -263,10 +293,8 @@ def _native(
     assert native.module is not None and plan.steps is not None
     launch, scratch = plan.functions
     inputs = tuple(_CODES[kind] for kind in recipe.inputs)
-    slots = tuple(
-        (KINDS.index(source.kind), source.index, source.dim, source.default, real)
-        for source, real in zip(sources, plan.floats, strict=True)
-    )
+    slots = tuple(_slot(source, real) for source, real in zip(sources, plan.floats, strict=True))
+    most = tuple((_slot(source, False), number) for source, number in recipe.most)
     buffers = tuple(
         (
             each.like,
@@ -274,11 +302,18 @@ def _native(
             getattr(torch, each.dtype) if each.dtype else None,
             each.returned,
             each.leading,
+            each.swapped,
         )
         for each in recipe.buffers
     )
     program = (launch, scratch if plan.scratches else 0, *plan.steps)
-    return native.module.GpuKernel(_DEVICES[device], inputs, slots, buffers, program, second, plan.settle, plan)
+    return native.module.GpuKernel(
+        _DEVICES[device], inputs, slots, buffers, most, program, second, plan.settle, plan
+    )
+
+
+def _slot(source: Source, real: bool) -> tuple[int, int, int, float, bool]:
+    return KINDS.index(source.kind), source.index, source.dim, source.default, real
 
 
 def steps(programs: Sequence[Program], values: Mapping[str, Value]) -> Steps:

@@ -1,11 +1,12 @@
 // GPU programs with a call's recipe: a Python callable that reads tensors, allocates outputs and launches.
 //
-//   GpuKernel(device, inputs, slots, buffers, program, otherwise, settle, keep)
+//   GpuKernel(device, inputs, slots, buffers, most, program, otherwise, settle, keep)
 //     device: DLPack's device type of every tensor; inputs: (DLPack code, bits) of each argument, (-1, 0) for a
 //     number or None, (-2, 0) for None; slots: (kind, index, dim, default, is_float), see dks/dispatch/gpu/call.py;
-//     buffers: (like, last or -1, dtype or None, returned, leading); program: (dks_gpu_launch, dks_gpu_scratch or 0, steps,
-//     count); otherwise: what is called where the call is outside the alignment class, or None; settle: (code),
-//     raises; keep: what addresses point to.
+//     buffers: (like, last or -1, dtype or None, returned, leading, swapped); most: (slot of an input, the largest number that
+//     the steps are right for); program: (dks_gpu_launch, dks_gpu_scratch or 0, steps, count); otherwise: what is
+//     called where the call is above those, or outside the alignment class, or None; settle: (code), raises; keep:
+//     what addresses point to.
 //   kernel(*inputs) -> the outputs, enqueued on the current stream of the inputs' device
 #ifndef DKS_GPU_KERNEL_HPP
 #define DKS_GPU_KERNEL_HPP
@@ -19,7 +20,7 @@
 namespace dks {
 
 struct GpuKernel {
-  enum Kind : std::int32_t { input, buffer, size, stride, rows, number };
+  enum Kind : std::int32_t { input, buffer, size, stride, rows, number, buffer_stride };
   static constexpr std::int32_t max_inputs = 8, max_buffers = 8, is_number = -1, is_none = -2;
 
   // gpu.h's functions: of a library that Python opened.
@@ -38,13 +39,18 @@ struct GpuKernel {
     std::int32_t like;
     long long last;
     PyObject* dtype;  // held by `types`
-    int returned, leading;
+    int returned, leading, swapped;
+  };
+  struct Most {
+    Slot slot;
+    long long value;
   };
 
   std::int32_t device = 0;
   std::vector<Input> inputs;
   std::vector<Slot> slots;
   std::vector<Buffer> buffers;
+  std::vector<Most> most;
   std::vector<Ref> types;
   Launch launch = nullptr;
   Scratch scratch = nullptr;
@@ -57,10 +63,10 @@ struct GpuKernel {
 
   static PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
     int device, count;
-    PyObject *inputs, *slots, *buffers, *otherwise, *settle, *keep;
+    PyObject *inputs, *slots, *buffers, *most, *otherwise, *settle, *keep;
     unsigned long long launch, scratch, steps;
-    if (!PyArg_ParseTuple(args, "iO!O!O!(KKKi)OOO", &device, &PyTuple_Type, &inputs, &PyTuple_Type, &slots,
-                          &PyTuple_Type, &buffers, &launch, &scratch, &steps, &count, &otherwise, &settle, &keep))
+    if (!PyArg_ParseTuple(args, "iO!O!O!O!(KKKi)OOO", &device, &PyTuple_Type, &inputs, &PyTuple_Type, &slots,
+                          &PyTuple_Type, &buffers, &PyTuple_Type, &most, &launch, &scratch, &steps, &count, &otherwise, &settle, &keep))
       return nullptr;
     auto* state = new (std::nothrow) GpuKernel;
     if (state == nullptr) return PyErr_NoMemory();
@@ -72,7 +78,7 @@ struct GpuKernel {
     if (otherwise != Py_None) state->otherwise = Ref::share(otherwise);
     state->settle = Ref::share(settle);
     state->keep = Ref::share(keep);
-    if (state->fill(inputs, slots, buffers)) return Object<GpuKernel>::make(type, state);
+    if (state->fill(inputs, slots, buffers, most)) return Object<GpuKernel>::make(type, state);
     delete state;
     return nullptr;
   }
@@ -86,7 +92,7 @@ struct GpuKernel {
   }
 
  private:
-  bool fill(PyObject* given_inputs, PyObject* given_slots, PyObject* given_buffers) {
+  bool fill(PyObject* given_inputs, PyObject* given_slots, PyObject* given_buffers, PyObject* given_most) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(given_inputs); ++i) {
       Input each;
       if (!PyArg_ParseTuple(PyTuple_GetItem(given_inputs, i), "ii", &each.code, &each.bits)) return false;
@@ -94,8 +100,8 @@ struct GpuKernel {
     }
     for (Py_ssize_t i = 0; i < PyTuple_Size(given_buffers); ++i) {
       Buffer each;
-      if (!PyArg_ParseTuple(PyTuple_GetItem(given_buffers, i), "iLOpp", &each.like, &each.last, &each.dtype,
-                            &each.returned, &each.leading))
+      if (!PyArg_ParseTuple(PyTuple_GetItem(given_buffers, i), "iLOppp", &each.like, &each.last, &each.dtype,
+                            &each.returned, &each.leading, &each.swapped))
         return false;
       if (!is_tensor(each.like)) return wrong("a buffer is like an input that is no tensor");
       if (each.dtype == Py_None) each.dtype = nullptr;
@@ -104,20 +110,33 @@ struct GpuKernel {
     }
     for (Py_ssize_t i = 0; i < PyTuple_Size(given_slots); ++i) {
       Slot each;
-      if (!PyArg_ParseTuple(PyTuple_GetItem(given_slots, i), "iiidp", &each.kind, &each.index, &each.dim,
-                            &each.fallback, &each.real))
-        return false;
-      const bool known = each.kind == number   ? each.index >= 0 && each.index < size_of(inputs) && !is_tensor(each.index)
-                         : each.kind == buffer ? each.index >= 0 && each.index < size_of(buffers)
-                                               : each.kind >= input && each.kind < number && is_tensor(each.index);
-      if (!known) return wrong("a slot names no input or buffer");
+      if (!fill_slot(PyTuple_GetItem(given_slots, i), each)) return false;
       slots.push_back(each);
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_Size(given_most); ++i) {
+      Most each;
+      PyObject* slot;
+      if (!PyArg_ParseTuple(PyTuple_GetItem(given_most, i), "O!L", &PyTuple_Type, &slot, &each.value) ||
+          !fill_slot(slot, each.slot))
+        return false;
+      if (each.slot.kind != size && each.slot.kind != stride && each.slot.kind != rows)
+        return wrong("only sizes, strides and rows of inputs have a largest number");
+      most.push_back(each);
     }
     if (size_of(inputs) > max_inputs || size_of(buffers) > max_buffers || size_of(slots) > DKS_GPU_MAX_INPUTS)
       return wrong("too many inputs, buffers or slots");
     if (!is_tensor(0) || launch == nullptr || steps == nullptr || step_count < 1)
       return wrong("expected a tensor first, and steps to launch");
     return true;
+  }
+
+  bool fill_slot(PyObject* given, Slot& each) const {
+    if (!PyArg_ParseTuple(given, "iiidp", &each.kind, &each.index, &each.dim, &each.fallback, &each.real))
+      return false;
+    bool known = each.kind >= input && each.kind < number && is_tensor(each.index);
+    if (each.kind == number) known = each.index >= 0 && each.index < size_of(inputs) && !is_tensor(each.index);
+    if (each.kind == buffer || each.kind == buffer_stride) known = each.index >= 0 && each.index < size_of(buffers);
+    return known || wrong("a slot names no input or buffer");
   }
 
   template <typename Item>
@@ -138,6 +157,11 @@ struct GpuKernel {
     View views[max_inputs];
     PyObject* objects[max_inputs] = {};
     if (!read(args, objects, views)) return nullptr;
+    for (const Most& each : most) {
+      std::int64_t found;
+      if (!value(each.slot, objects, views, nullptr, found)) return nullptr;
+      if (found > each.value) return above(each, args);
+    }
     Ref made[max_buffers];
     View spaces[max_buffers];
     for (std::size_t i = 0; i < buffers.size(); ++i) {
@@ -200,8 +224,16 @@ struct GpuKernel {
     return false;
   }
 
+  PyObject* above(const Most& each, PyObject* args) const {
+    if (otherwise) return PyObject_Call(otherwise.get(), args, nullptr);
+    const char* what = each.slot.kind == size ? "size" : each.slot.kind == stride ? "stride" : "rows";
+    PyErr_Format(torch.declined, "a %s above %lld, which is the most that the programs take", what, each.value);
+    return nullptr;
+  }
+
   static PyObject* allocate(PyObject* like, const View& view, const Buffer& wanted) {
-    if (wanted.last < 0 && wanted.dtype == nullptr && view.dense() >= 0)  // takes half of the time of the other
+    const bool swaps = wanted.swapped != 0 && view.ndim - (wanted.last == 0 ? 1 : 0) > 2;
+    if (wanted.last < 0 && wanted.dtype == nullptr && !swaps && view.dense() >= 0)  // half of the time of the other
       return PyObject_CallFunctionObjArgs(torch.empty_like, like, nullptr);
     if (wanted.leading == 0) {
       const Ref length = Ref::take(Py_BuildValue("(L)", wanted.last));
@@ -214,9 +246,11 @@ struct GpuKernel {
       const bool replaced = dim + 1 == view.ndim && wanted.last > 0;
       PyObject* length = PyLong_FromLongLong(replaced ? wanted.last : view.shape[dim]);
       if (length == nullptr) return nullptr;
-      PyTuple_SetItem(sizes.get(), dim, length);
+      PyTuple_SetItem(sizes.get(), swaps && (dim == 1 || dim == 2) ? 3 - dim : dim, length);
     }
-    return empty(like, sizes.get(), wanted.dtype);
+    if (!swaps) return empty(like, sizes.get(), wanted.dtype);
+    const Ref made = Ref::take(empty(like, sizes.get(), wanted.dtype));
+    return made ? PyObject_CallMethod(made.get(), "transpose", "ii", 1, 2) : nullptr;
   }
 
   static PyObject* empty(PyObject* like, PyObject* sizes, PyObject* dtype) {
@@ -248,13 +282,14 @@ struct GpuKernel {
       out = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(spaces[slot.index].address()));
       return true;
     }
-    const View& view = views[slot.index];
+    const View& view = slot.kind == buffer_stride ? spaces[slot.index] : views[slot.index];
     const std::int32_t dim = slot.dim < 0 ? slot.dim + view.ndim : slot.dim;
     if (slot.kind != input && slot.kind != rows && (dim < 0 || dim >= view.ndim)) return misfit(slot.index);
     switch (slot.kind) {
       case input: out = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(view.address())); break;
       case size: out = view.shape[dim]; break;
-      case stride: out = view.strides[dim]; break;
+      case stride:
+      case buffer_stride: out = view.shape[dim] == 1 ? 0 : view.strides[dim]; break;
       default:
         out = 1;
         for (std::int32_t i = 0; i + 1 < view.ndim; ++i) out *= view.shape[i];
@@ -263,6 +298,10 @@ struct GpuKernel {
   }
 
   static bool parse_number(PyObject* object, const Slot& slot, std::int64_t& out) {
+    if (slot.real == 0 && PyLong_Check(object)) {  // to the last digit, which a double may not have
+      out = PyLong_AsLongLong(object);
+      return out != -1 || PyErr_Occurred() == nullptr;
+    }
     double found = slot.fallback;
     if (object != Py_None) {
       found = PyFloat_AsDouble(object);
