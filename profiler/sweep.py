@@ -19,7 +19,7 @@ from typing import Protocol
 from dks.dispatch import pool
 from dks.dispatch.errors import BadInput
 from dks.dispatch.modes import EAGER
-from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.problem import Candidate, Problem, short
 from dks.profiler.bench import Job, entrants
 from dks.profiler.compiling import compile_for
 from dks.profiler.config import Sweep
@@ -52,6 +52,9 @@ class Measurer(Protocol):
 
     def time(self, job: Job) -> Iterator[list[Round] | tuple[str, Finding]]:
         """As ``Bench.time``. Raises Lost."""
+
+    def search(self, problem: Problem, candidate: Candidate) -> list[Candidate]:
+        """The candidates that a kernel's search finds for a problem. Raises Lost."""
 
     def joules(self, problem: Problem, name: str, mode: str) -> tuple[float | None, str]:
         """As ``Bench.joules``. Raises Lost."""
@@ -264,7 +267,7 @@ class _Run:
         """End the process, and put all that is known into Parquet."""
         self._end_process()
         for task in [*self._tasks, *self._outgrown()]:
-            self._store.compact(task.contest, task.role, task.weight, task.candidates)
+            self._store.compact(task.contest, task.role, task.weight, self._candidates(task))
         self._store.retire_journal()
 
     def _outgrown(self) -> list[Task]:
@@ -339,9 +342,10 @@ class _Run:
     def _untimed(self, task: Task) -> str:
         """What is still to be checked and timed of it."""
         findings = self._store.findings(task.contest)
-        unchecked = [c for c in task.candidates if c.id not in findings.found]
+        candidates = self._candidates(task)
+        unchecked = [c for c in candidates if c.id not in findings.found]
         if unchecked:
-            return "not measured" if len(unchecked) == len(task.candidates) else f"{len(unchecked)} unchecked"
+            return "not measured" if len(unchecked) == len(candidates) else f"{len(unchecked)} unchecked"
         names = self._names(task)
         if not names:
             return ""
@@ -365,7 +369,9 @@ class _Run:
     def _names(self, task: Task) -> list[str]:
         """Candidates that may be timed; none where the default can't be."""
         findings = self._store.findings(task.contest)
-        names = [c.id for c in task.candidates if c.id in findings.found and findings.found[c.id].status == "ok"]
+        names = [
+            c.id for c in self._candidates(task) if c.id in findings.found and findings.found[c.id].status == "ok"
+        ]
         return names if task.default in names else []
 
     def _matter(self, task: Task) -> float:
@@ -436,9 +442,7 @@ class _Run:
         """
         findings = self._store.findings(task.contest)
         tried = False
-        for candidate in task.candidates:
-            if candidate.id in findings.found:
-                continue
+        for candidate in self._unchecked(task):
             if self._late():
                 return False
             tried = True
@@ -447,6 +451,28 @@ class _Run:
         if tried:
             _refuse_broken(task, findings)
         return True
+
+    def _candidates(self, task: Task) -> list[Candidate]:
+        """A problem's candidates, with those that a search has found for it."""
+        found = (Candidate.parse(name) for name in self._store.findings(task.contest).found)
+        return list(dict.fromkeys((*task.candidates, *(each for each in found if _searches(each) and each.params))))
+
+    def _unchecked(self, task: Task) -> Iterator[Candidate]:
+        """Those that nothing is known of. What stands for a search comes after all that it finds, so that a sweep
+        that ends between them searches again."""
+        known = self._store.findings(task.contest).found
+        for candidate in self._candidates(task):
+            if candidate.id in known:
+                continue
+            if _searches(candidate) and not candidate.params:
+                try:
+                    searched = self._worker().search(task.problem, candidate)
+                except Lost as lost:
+                    self._end_process()
+                    self._store.found(task.contest, candidate.id, Finding(lost.status, f"searching: {lost.reason}"))
+                    continue
+                yield from (each for each in searched if each.id not in known)
+            yield candidate
 
     def _excluded(self, task: Task, candidate: Candidate) -> Finding | None:
         begun = self._store.attempts.get((task.contest, candidate.id), 0)
@@ -558,7 +584,7 @@ class _Run:
             return "no candidate could be timed"
         best = max(ratios, key=lambda name: ratios[name])
         us = median([r.ns[best] for r in rounds if best in r.ns]) / 1e3
-        return f"{best} {ratios[best]:.2f}x ({us:.0f} us)"
+        return f"{short(best)} {ratios[best]:.2f}x ({us:.0f} us)"
 
     def _split(self) -> bool:
         """Split the bins that are too wide; whether there are any, and so more to measure."""
@@ -607,6 +633,10 @@ def _of_device(finding: Finding) -> bool:
     return finding.status == "crashed" or (
         finding.status == "failed" and any(word in finding.reason for word in words)
     )
+
+
+def _searches(candidate: Candidate) -> bool:
+    return pool.kernels()[candidate.kernel].search is not None
 
 
 def _refuse_broken(task: Task, findings: Findings) -> None:

@@ -36,7 +36,7 @@ def layer_norm(align: int) -> Kernel:
             **{"bias": 0 if bias is None else bias.detach().contiguous()},
         }
         recipe = Recipe((problem.trait("dtype"),), steps(programs(problem, params), values), (Buffer(),))
-        device = None if weight is None else weight.device.type
+        device = None if weight is None else weight.device
         return bound(recipe, device=device)  # type: ignore[return-value]
 
     return Kernel(

@@ -43,7 +43,7 @@ def rms_norm(align: int) -> Kernel:
         }
         count = 2 if adds else 1
         recipe = Recipe((dtype,) * count, steps(programs(problem, params), values), (Buffer(),) * count)
-        return bound(recipe, device=None if weight is None else weight.device.type)
+        return bound(recipe, device=None if weight is None else weight.device)
 
     return Kernel(
         id="triton.rms_norm" if align else "triton.rms_norm_scalar",
