@@ -24,6 +24,7 @@ from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement
 from dks.dispatch.gpu import compile as compiling
 from dks.dispatch.gpu import library
+from dks.dispatch.gpu.cutlass import library as cutlass
 from dks.dispatch.gpu.launch import Library, Misaligned
 from dks.dispatch.manifest import GPU, MANIFEST
 from dks.dispatch.problem import Candidate, Problem
@@ -37,8 +38,9 @@ HOPPER = Environment(
 )
 TRAITS = {"dtype": "bfloat16", "bias": "no", "epilogue": "none"}
 N, K = 64, 1024
-FEW, MANY = "triton.gemv/rows1-bn4-bk512-w2-s1-split4", "triton.matmul/bm64-bn64-bk64-w4-s5-group8-split1-resident0"
-LOSER = "triton.matmul/bm16-bn32-bk256-w4-s4-group8-split1-resident0"
+FEW = "triton.gemv/rows1-bn4-bk512-w2-s1-split4"
+MANY = "triton.matmul/bm64-bn64-bk64-w4-s5-group8-split1-resident0-streamk0-tma0-flat0"
+LOSER = "triton.matmul/bm16-bn32-bk256-w4-s4-group8-split1-resident0-streamk0-tma0-flat0"
 
 
 def problem(m: int) -> Problem:
@@ -125,8 +127,15 @@ def test_without_a_driver_a_launch_says_so_and_the_framework_can_serve(built: Bu
         run(torch.zeros(2, K, dtype=torch.bfloat16))
 
 
+def test_calls_without_preparation_take_the_same_kernels() -> None:
+    chosen = {
+        form: {rule.candidate for rule in lut().rules if rule.form == form} for form in ("prepared", "direct")
+    }
+    assert chosen["direct"] == chosen["prepared"] == {FEW, MANY}
+
+
 def test_strict_mode_asks_for_the_programs_of_each_entry(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    for each in (library, tiles):  # a test before this one may have compiled on demand
+    for each in (library, tiles, cutlass):  # a test before this one may have compiled on demand
         monkeypatch.setattr(each, "_locate", each._nowhere)
     table = lut().table()
     lines = needs(table, {})
