@@ -48,7 +48,7 @@ def rotary(dtype: str, cache: str, d: int, params: Params, align: int) -> tuple[
                 *map(table.pointer, ("cos", "sin")),
                 Argument("positions", "*i64"),
                 *map(element.pointer, ("q_out", "k_out")),
-                *counts("tokens", "h", "hkv"),
+                *counts("tokens", "h", "hkv", "rows"),
                 *map(element.step, ("q_token", "q_head", "k_token", "k_head")),
                 table.step("cache_stride"),
             ),

@@ -28,7 +28,7 @@ def rotary(align: int) -> Kernel:
         values: dict[str, Value] = {
             **{name: given(i) for i, name in enumerate(("q", "k", "cos", "sin", "positions"))},
             **{"q_out": buffer(0), "k_out": buffer(1), "tokens": size(0, 0), "h": problem.dim("h")},
-            **{"hkv": problem.dim("hkv"), "cache_stride": stride(2, 0)},
+            **{"hkv": problem.dim("hkv"), "rows": size(2, 0), "cache_stride": stride(2, 0)},
             **{"q_token": stride(0, 0), "q_head": stride(0, 1), "k_token": stride(1, 0), "k_head": stride(1, 1)},
         }
         dtype = problem.trait("dtype")
