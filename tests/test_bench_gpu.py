@@ -174,6 +174,8 @@ class FakeGpu(Gpu):
     def stream(self) -> int:
         return 0
 
+    def tidy(self) -> None: ...
+
     def wait(self) -> None:
         if self.broken:
             raise gpu.Broken("it is gone")
@@ -241,6 +243,26 @@ def test_a_wrong_answer_and_one_that_raises_are_left_out(home: Path) -> None:
     (cell, _) = Bench(FakeGpu(), "t", 60.0).measure([case(makers=more)])
     assert set(cell.ns) == {"peer", OURS, "copy"}
     assert "off by 1.0e-01" in cell.lost["wrong"] and cell.lost["refused"] == "Refused: not for this shape"
+
+
+def test_the_answer_that_counts_is_that_of_the_mode(home: Path) -> None:
+    class Capturing(FakeGpu):
+        def capture(self, call: Callable[[], object]) -> Callable[[], object]:
+            assert isinstance(call, Named) and call.y is not None
+            return Named(call.ns, call.y * 1.1 if call.ns == 100.0 else call.y)  # ours, by another kernel
+
+    graph, eager = Bench(Capturing(), "t", 60.0).measure([case(modes=(GRAPH, EAGER))])
+    assert "off by 1.0e-01" in graph.lost[OURS] and OURS in eager.ns
+
+
+@pytest.mark.parametrize(("free", "given_back"), [(69, True), (70, False)])
+def test_memory_of_graphs_that_are_gone_is_given_back_before_it_runs_out(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, free: int, given_back: bool
+) -> None:
+    monkeypatch.setattr(cuda, "mem_get_info", lambda: (free, 140), raising=False)
+    monkeypatch.setattr(cuda, "empty_cache", lambda: cuda.said.append("emptied"), raising=False)
+    Gpu(cuda).tidy()
+    assert (cuda.said[-1] == "emptied") is given_back
 
 
 def test_cells_are_kept_and_a_run_goes_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,7 +398,11 @@ SERVED = SimpleNamespace(
         Problem.of("rotary", {"dtype": "bfloat16", "cache": "same"}, {"tokens": 64, "h": 8, "hkv": 2, "d": 128})
     ),
     attention=F.scaled_dot_product_attention,
-    paged_attention=gpu_peers.gathered(4, 256, 16, 8, 2, 128),
+    paged_attention=gpu_peers.default_of(
+        Problem.of(
+            "paged_attention", {"dtype": "bfloat16"}, {"b": 4, "kv": 256, "h": 8, "hkv": 2, "d": 128, "page": 16}
+        )
+    ),
 )
 """A package as torch would be one: every answer is right."""
 
