@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,13 @@ from dks.dispatch.gpu import compile as compiling
 from dks.dispatch.gpu import library
 from dks.dispatch.gpu.cutlass import library as cutlass
 from dks.dispatch.gpu.launch import Library, Misaligned
+from dks.dispatch.loader import load
 from dks.dispatch.manifest import GPU, MANIFEST
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.strict import needs
 from dks.dispatch.tiles import library as tiles
 from tests.codegen.rows import row
+from tests.dispatch import pretended
 from tests.gpu.conftest import Fake
 
 HOPPER = Environment(
@@ -117,6 +120,40 @@ def test_a_kernel_is_launched_from_its_packages_library(built: Built, fake: Fake
     with pytest.raises(Misaligned):
         run(torch.zeros(K + 1, dtype=torch.bfloat16)[1:].view(1, K))
     assert len(fake.calls("launch")) == 3
+
+
+def test_from_import_to_launch_on_tensors_of_a_gpu(
+    built: Built, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strict mode, the loader, prepared and functional calls by the compiled fast path, a misaligned view."""
+    real = Library.from_bytes
+    monkeypatch.setattr(Library, "from_bytes", lambda data: real(data, fake.path))
+    monkeypatch.setattr(Environment, "current", lambda _device: HOPPER)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setenv("DKS_STRICT", "1")
+    for each in (library, tiles, cutlass):  # a test before this one may have compiled on demand
+        monkeypatch.setattr(each, "_locate", each._nowhere)
+    fake.knows(compiling.load(program, 90) for program in chosen_programs(lut()))
+    with pretended.gpus(), torch.no_grad():
+        runtime = load("gpu_table", str(built.folder))
+        server = runtime.server("linear")
+        weight = torch.zeros(N, K, dtype=torch.bfloat16)
+        layer = server.prepare(weight)
+        assert len(fake.calls("load")) == 3, "code is loaded before the first request"
+        room = torch.zeros(64 * K + 1, dtype=torch.bfloat16)
+        for call in (layer, layer, lambda x: server.call(x, weight), lambda x: server.call(x, weight)):
+            before = len(fake.calls("launch"))
+            assert call(room[:-1].view(64, K)).shape == (64, N) and call(room[:K].view(1, K)).shape == (1, N)
+            launched = fake.calls("launch")[before:]
+            assert len(launched) == 3 and sum(weight.data_ptr() in numbers for _, numbers in launched) == 2
+        assert call(room[1:].view(64, K)).shape == (64, N), "by the framework"
+        assert layer(room[1:].view(64, K)).shape == (64, N)
+    found = runtime.stats()
+    assert found["table"] == "serving" and found["lookup"] == "compiled" and not found["failed"]
+    assert found["ops"]["linear"] == {"hits": {"exact": 8}, "fallbacks": {"misaligned": 2}}
 
 
 def test_without_a_driver_a_launch_says_so_and_the_framework_can_serve(built: Built) -> None:
