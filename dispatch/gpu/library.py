@@ -48,9 +48,8 @@ def plan(steps: Steps) -> Plan:
     Raises:
         Missing: there is none.
     """
-    wanted = [(program.symbol, program.digest()) for program, _ in steps]
     for library in _shipped.values():
-        found = _kernels(library)
+        wanted, found = [(program.symbol, program.digest()) for program, _ in steps], _kernels(library)
         if all(each in found for each in wanted):
             return Plan(library, [Step(found[each], bound) for each, (_, bound) in zip(wanted, steps, strict=True)])
     return _locate(steps)
