@@ -60,7 +60,7 @@ def decode(gpu: Gpu, served: ModuleType, b: int, kv: int, page: int) -> Case:
         lengths = torch.full((b,), kv, dtype=torch.int32, device=gpu.torch)
         return q, k, v, order.view(b, pages), lengths, None
 
-    gather = gathered(b, kv, page, HEADS, KEY_HEADS, D)
+    gather = gathered(kv)
     makers = {
         GATHER: each(lambda *inputs: lambda: gather(*inputs)),
         OURS: each(lambda *inputs: lambda: served.paged_attention(*inputs)),

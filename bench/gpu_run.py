@@ -119,9 +119,12 @@ def package(name: str) -> ModuleType:
     if str(out) not in sys.path:
         sys.path.insert(0, str(out))
     try:
-        return importlib.import_module(name)
+        found = importlib.import_module(name)
     except Exception as error:  # of a package that does not belong here, each in its own words
         raise NotHere(f"the package {name} does not load: {str(error).splitlines()[0]}") from None
+    if (table := found.stats()["table"]) != "serving":
+        raise NotHere(f"the package {name} would measure the framework against itself: its table is {table}")
+    return found
 
 
 def stamp(*packages: str) -> list[str]:

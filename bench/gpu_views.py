@@ -95,7 +95,7 @@ def operators(served: ModuleType) -> dict[str, tuple[tuple[tuple[int, ...], ...]
         ),
         "cross_entropy": (((64, 1000),), losses(F.cross_entropy), losses(served.cross_entropy)),
         "rotary": (((64, 8, 128), (64, 2, 128), (64, 64), (64, 64)), turned(rotary), turned(served.rotary)),
-        "paged_attention": (pages, paged(gathered(4, 256, 16, 8, 2, 128)), paged(served.paged_attention)),
+        "paged_attention": (pages, paged(gathered(256)), paged(served.paged_attention)),
         "attention": (heads, attend(F.scaled_dot_product_attention), attend(served.attention)),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 from collections.abc import Mapping
@@ -131,13 +132,27 @@ def _cuda(device: str) -> dict[str, str]:
     }
 
 
-def _driver(version: Path = Path("/proc/driver/nvidia/version")) -> str:
+def _driver(version: Path = Path("/proc/driver/nvidia/version"), nvml: str = "libnvidia-ml.so.1") -> str:
+    """As the kernel's module says it; where a sandbox such as gVisor shows no such file, as NVML does."""
     try:
         text = version.read_text(encoding="utf-8")
     except OSError:
-        return UNKNOWN
+        return _driver_by(nvml)
     found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text, re.MULTILINE)
-    return found[1] if found else UNKNOWN
+    return found[1] if found else _driver_by(nvml)
+
+
+def _driver_by(nvml: str) -> str:
+    try:
+        library = ctypes.CDLL(nvml)
+        text = ctypes.create_string_buffer(80)
+        if library.nvmlInit_v2() != 0:
+            return UNKNOWN
+        code = library.nvmlSystemGetDriverVersion(text, len(text))
+        library.nvmlShutdown()
+    except (OSError, AttributeError):
+        return UNKNOWN
+    return UNKNOWN if code else text.value.decode("ascii", "replace") or UNKNOWN
 
 
 @lru_cache(maxsize=1)

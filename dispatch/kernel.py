@@ -87,6 +87,8 @@ class Kernel:
         form: the weight form that ``bind`` makes, in words; empty where it uses the caller's tensors as
             they are, and then the kernel can also serve a call without preparation.
         form_bytes: bytes that the form adds, for a problem.
+        unprepared: (problem, params) -> Launch of the dynamic arguments and then the constant ones, of a kernel
+            whose form is only where the weight lies: for calls without preparation, which say that each time.
         params: the parameter sets to measure; each makes one candidate.
         unit: the generated C++ function that a candidate runs, where it runs one.
         header: the file in ``dks/dispatch/tiles`` that such functions are made from.
@@ -116,6 +118,7 @@ class Kernel:
     bind: Callable[..., Launch]
     form: str = ""
     form_bytes: Callable[[Problem], int] = lambda _: 0
+    unprepared: Callable[[Problem, Params], Launch] | None = None
     params: tuple[Params, ...] = ((),)
     unit: Callable[[Problem, Params], Unit] | None = None
     header: str = ""

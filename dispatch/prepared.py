@@ -191,7 +191,7 @@ class PreparedModule(nn.Module):
                 )
                 binding = Binding(plain, adds, binding)
         assert binding is not None  # there is a mode
-        _wait_for(weight)
+        _wait_for(weight, captured=binding.graph is not None)
         self._bindings = {**self._bindings, generation.serial: binding}
         if self._layer is not None and all(dispatch.native is not None for dispatch in binding.dispatches):
             self._layer.hold(generation.serial, self._compiled(binding, self._watch, weight))
@@ -423,10 +423,18 @@ def _as_parameter(t: torch.Tensor | None) -> nn.Parameter | None:
     return t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=t.requires_grad)
 
 
-def _wait_for(t: torch.Tensor) -> None:
-    """Until what was packed on a GPU is there: another thread may serve from it on another stream at once."""
+def _wait_for(t: torch.Tensor, *, captured: bool) -> None:
+    """Until what was packed on a GPU is there: another thread may serve from it on another stream at once.
+
+    Args:
+        captured: whether calls in CUDA graphs have kernels of their own. Calls that warm up for a capture never run
+            those, and cuBLAS, which may be one of them, can't make its handle once a capture has begun.
+    """
     if t.is_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(t.device).synchronize()
+        if captured:
+            with torch.cuda.device(t.device):
+                torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
 
 
 def _on_cache_line(t: torch.Tensor) -> torch.Tensor:

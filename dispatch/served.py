@@ -204,7 +204,8 @@ class Server:
         """The dispatch of calls without preparation, cached by ``key``.
 
         Its kernels take the dynamic arguments and then the operator's ``statics`` constant ones, and bind
-        those at each call: direct kernels use the caller's tensors as they are, so binding copies nothing.
+        those at each call: direct kernels use the caller's tensors as they are, so binding copies nothing. Where
+        that takes time all the same, a kernel has a form of its own for such calls (``Kernel.unprepared``).
 
         Args:
             quicken: called once with a dispatch whose default kernel is the framework's own function of the
@@ -218,7 +219,10 @@ class Server:
             kernels, problem = pool.kernels(), made.problem
 
             def late(candidate: Candidate) -> Launch:
-                bind, params = kernels[candidate.kernel].bind, candidate.params
+                kernel, params = kernels[candidate.kernel], candidate.params
+                bind = kernel.bind
+                if kernel.unprepared is not None:
+                    return kernel.unprepared(problem, params)
                 if not statics:
                     return bind(problem, params)
                 return lambda *args: bind(problem, params, *args[-statics:])(*args[:-statics])

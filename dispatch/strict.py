@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from dks.dispatch import pool
+from dks.dispatch.gpu import library as programs
+from dks.dispatch.gpu.cutlass import library as cutlass
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.table import Group, Table
 from dks.dispatch.tiles import library
@@ -19,14 +21,14 @@ def needs(table: Table, dead: Mapping[str, str]) -> list[str]:
 
     It goes through every rule that a cell of some group names, which is all that a lookup can answer, and the
     default of every operator, which serves the rest: its kernel is there and available, says of itself that its
-    library searches nothing (``Kernel.searches``), and the function that it runs is one of a loaded library's,
-    from the same source. It trusts what kernels declare.
+    library searches nothing (``Kernel.searches``), and the function, Triton programs or CUTLASS kernel that it runs
+    are in a loaded library, from the same source. It trusts what kernels declare.
 
     Args:
         dead: candidates that may not run here, with the reason.
     """
     lines = []
-    if library._locate is not library._nowhere:
+    if any(each._locate is not each._nowhere for each in (library, programs, cutlass)):
         lines.append("this process compiles kernels when they are asked for, as profiling does")
     for operator in pool.operators().values():
         if why := pool.kernels()[operator.default].searches:
@@ -47,13 +49,15 @@ def _why_not(group: Group, candidate: Candidate) -> str | None:
         return f"it computes {kernel.op}, not {group.op}"
     if (why := kernel.unavailable()) is not None or (why := kernel.searches):
         return why
-    if kernel.unit is None:
-        return None
     sizes = dict.fromkeys(pool.operator(group.op).dims, 1) | dict(group.statics)
-    unit = kernel.unit(Problem.of(group.op, dict(group.traits), sizes), candidate.params)
-    if not any(library._has(shipped, unit) for shipped in library._shipped.values()):
-        return f"no loaded library has {unit.symbol} made from this source"
-    return None
+    problem = Problem.of(group.op, dict(group.traits), sizes)
+    if kernel.unit is not None:
+        unit = kernel.unit(problem, candidate.params)
+        if not any(library._has(shipped, unit) for shipped in library._shipped.values()):
+            return f"no loaded library has {unit.symbol} made from this source"
+    if kernel.programs is not None and not programs.ships(kernel.programs(problem, candidate.params)):
+        return "no loaded library has its Triton programs made from this source"
+    return None if kernel.configuration is None else cutlass.lack(kernel.configuration(problem, candidate.params))
 
 
 def _key(group: Group) -> Iterator[str]:

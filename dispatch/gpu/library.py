@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from dks.dispatch.gpu.launch import HasAddress, Library, Plan, Step
+from dks.dispatch.gpu.launch import HasAddress, Kernel, Library, Plan, Step
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.tiles.library import Missing
 
@@ -49,10 +49,20 @@ def plan(steps: Steps) -> Plan:
         Missing: there is none.
     """
     for library in _shipped.values():
-        found = {(kernel.symbol, kernel.program): kernel for kernel in library.embedded().values()}
-        if all((program.symbol, program.digest()) in found for program, _ in steps):
-            return Plan(library, [Step(found[each.symbol, each.digest()], bound) for each, bound in steps])
+        wanted, found = [(program.symbol, program.digest()) for program, _ in steps], _kernels(library)
+        if all(each in found for each in wanted):
+            return Plan(library, [Step(found[each], bound) for each, (_, bound) in zip(wanted, steps, strict=True)])
     return _locate(steps)
+
+
+def ships(programs: Sequence[Program]) -> bool:
+    """Whether one loaded library has all of these programs."""
+    wanted = {(program.symbol, program.digest()) for program in programs}
+    return any(wanted <= set(_kernels(library)) for library in _shipped.values())
+
+
+def _kernels(library: Library) -> dict[tuple[str, str], Kernel]:
+    return {(kernel.symbol, kernel.program): kernel for kernel in library.embedded().values()}
 
 
 def lack(programs: Sequence[Program]) -> str | None:

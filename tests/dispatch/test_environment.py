@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dks.dispatch import environment
+from dks.dispatch import compiler, environment
 from dks.dispatch.environment import UNKNOWN, Environment
 
 FIELDS = [field.name for field in fields(Environment)]
@@ -72,7 +72,25 @@ def test_a_gpu_is_described_by_what_decides_its_kernels(
 
 
 def test_no_driver_is_unknown(tmp_path: Path) -> None:
-    assert environment._driver(tmp_path / "none") == UNKNOWN
+    assert environment._driver(tmp_path / "none", "libno-such-nvml.so") == UNKNOWN
+
+
+NVML = """
+#include <string.h>
+int nvmlInit_v2(void) { return INIT; }
+int nvmlShutdown(void) { return 0; }
+int nvmlSystemGetDriverVersion(char* text, unsigned size) { strncpy(text, "580.159.03", size); return CODE; }
+"""
+
+
+@pytest.mark.parametrize(("codes", "said"), [("00", "580.159.03"), ("90", UNKNOWN), ("03", UNKNOWN)])
+def test_a_sandbox_without_the_modules_file_is_asked_through_nvml(tmp_path: Path, codes: str, said: str) -> None:
+    source, library = tmp_path / "nvml.c", tmp_path / "libnvidia-ml.so.1"
+    source.write_text(NVML)
+    flags = [f"-DINIT={codes[0]}", f"-DCODE={codes[1]}", "-x", "c", "-fPIC", "-shared"]
+    if why := compiler.build(library, [*flags, str(source)]):
+        pytest.skip(why)
+    assert environment._driver(tmp_path / "none", str(library)) == said
 
 
 @pytest.mark.parametrize("name", FIELDS)

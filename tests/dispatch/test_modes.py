@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dks.dispatch import modes, pool
+from dks.dispatch import modes, pool, prepared
 from dks.dispatch.generation import Generation
 from dks.dispatch.kernel import Kernel
 from dks.dispatch.modes import EAGER, GRAPH, MODES, current, eager_form, form_in, mode_of
@@ -129,3 +131,22 @@ def test_optimize_swaps_what_gains_in_graphs_alone() -> None:
     with torch.no_grad():
         (swap, *_) = runtime.optimize(model).swaps
     assert swap.done, swap
+
+
+def test_cublas_is_there_before_a_graph_whose_choices_no_warm_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    @contextmanager
+    def at(device: str) -> Iterator[None]:
+        made.append(device)
+        yield
+
+    weight = SimpleNamespace(is_cuda=True, device="cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", at)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: made.append("handle"))
+    prepared._wait_for(weight, captured=False)  # type: ignore[arg-type]
+    assert not made
+    prepared._wait_for(weight, captured=True)  # type: ignore[arg-type]
+    assert made == ["cuda:1", "handle"]

@@ -210,6 +210,8 @@ def test_available_memory_is_the_least_of_what_limits(tmp_path: Path, monkeypatc
     (group / "memory.max").write_text("500000\n")
     (group / "memory.current").write_text("100000\n")
     assert memory.available() == 360_000
+    monkeypatch.setenv(memory.LIMIT, "100")
+    assert memory.available() == 100 << 30
 
 
 NVCC = """#!/bin/sh

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +25,15 @@ from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement
 from dks.dispatch.gpu import compile as compiling
 from dks.dispatch.gpu import library
+from dks.dispatch.gpu.cutlass import library as cutlass
 from dks.dispatch.gpu.launch import Library, Misaligned
+from dks.dispatch.loader import load
 from dks.dispatch.manifest import GPU, MANIFEST
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.strict import needs
+from dks.dispatch.tiles import library as tiles
 from tests.codegen.rows import row
+from tests.dispatch import pretended
 from tests.gpu.conftest import Fake
 
 HOPPER = Environment(
@@ -116,12 +122,66 @@ def test_a_kernel_is_launched_from_its_packages_library(built: Built, fake: Fake
     assert len(fake.calls("launch")) == 3
 
 
+def test_from_import_to_launch_on_tensors_of_a_gpu(
+    built: Built, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strict mode, the loader, prepared and functional calls by the compiled fast path, a misaligned view."""
+    real = Library.from_bytes
+    monkeypatch.setattr(Library, "from_bytes", lambda data: real(data, fake.path))
+    monkeypatch.setattr(Environment, "current", lambda _device: HOPPER)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setenv("DKS_STRICT", "1")
+    for each in (library, tiles, cutlass):  # a test before this one may have compiled on demand
+        monkeypatch.setattr(each, "_locate", each._nowhere)
+    fake.knows(compiling.load(program, 90) for program in chosen_programs(lut()))
+    with pretended.gpus(), torch.no_grad():
+        runtime = load("gpu_table", str(built.folder))
+        server = runtime.server("linear")
+        weight = torch.zeros(N, K, dtype=torch.bfloat16)
+        layer = server.prepare(weight)
+        assert len(fake.calls("load")) == 3, "code is loaded before the first request"
+        room = torch.zeros(64 * K + 1, dtype=torch.bfloat16)
+        for call in (layer, layer, lambda x: server.call(x, weight), lambda x: server.call(x, weight)):
+            before = len(fake.calls("launch"))
+            assert call(room[:-1].view(64, K)).shape == (64, N) and call(room[:K].view(1, K)).shape == (1, N)
+            launched = fake.calls("launch")[before:]
+            assert len(launched) == 3 and sum(weight.data_ptr() in numbers for _, numbers in launched) == 2
+        assert call(room[1:].view(64, K)).shape == (64, N), "by the framework"
+        assert layer(room[1:].view(64, K)).shape == (64, N)
+    found = runtime.stats()
+    assert found["table"] == "serving" and found["lookup"] == "compiled" and not found["failed"]
+    assert found["ops"]["linear"] == {"hits": {"exact": 8}, "fallbacks": {"misaligned": 2}}
+
+
 def test_without_a_driver_a_launch_says_so_and_the_framework_can_serve(built: Built) -> None:
     library.add((built.folder / GPU).read_bytes(), "one")
     kernel = pool.kernels()["triton.matmul"]
     run = kernel.bind(problem(64), Candidate.parse(MANY).params, torch.zeros(N, K, dtype=torch.bfloat16), None)
     with pytest.raises(Exception, match=r"driver|device"):
         run(torch.zeros(2, K, dtype=torch.bfloat16))
+
+
+def test_calls_without_preparation_take_the_same_kernels() -> None:
+    chosen = {
+        form: {rule.candidate for rule in lut().rules if rule.form == form} for form in ("prepared", "direct")
+    }
+    assert chosen["direct"] == chosen["prepared"] == {FEW, MANY}
+
+
+def test_strict_mode_asks_for_the_programs_of_each_entry(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in (library, tiles, cutlass):  # a test before this one may have compiled on demand
+        monkeypatch.setattr(each, "_locate", each._nowhere)
+    table = lut().table()
+    lines = needs(table, {})
+    assert lines and all("no loaded library has its Triton programs" in line for line in lines)
+    assert {line.partition(" ")[0] for line in lines} == {FEW, MANY}
+    library.add((built.folder / GPU).read_bytes(), "one")
+    assert needs(table, {}) == []
+    monkeypatch.setattr(library, "_locate", lambda steps: None)
+    assert needs(table, {}) == ["this process compiles kernels when they are asked for, as profiling does"]
 
 
 def test_importing_it_needs_no_triton_and_elsewhere_it_is_refused_by_name(built: Built) -> None:

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from dks.dispatch import native, pool
+from dks.dispatch.generation import Generation
 from dks.dispatch.gpu import call, launch, library, rows
 from dks.dispatch.gpu.library import Steps
 from dks.dispatch.kernel import Inputs, Kernel, Params, relative_error, source_digest
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.runtime import Runtime
+from dks.dispatch.table import Group, Rule, Table
 from dks.profiler.check import Checker
 from tests.gpu.conftest import Fake, Open
 from tests.gpu.cubins import made
@@ -66,7 +69,7 @@ def check(kernel: Kernel, problem: Problem, step: int = 1) -> int:
 
 
 def of_each_kind(kernel: Kernel) -> list[Params]:
-    """The smallest tile of each way to work; with DKS_SOAK=1 every sixth set, and work that is shared in streams."""
+    """The smallest tile of each way to work; with DKS_SOAK=1 every sixth set."""
     if SOAK:
         return list(kernel.params[::6])
     found: dict[object, Params] = {}
@@ -256,16 +259,66 @@ def test_the_compiled_fast_path_launches_what_python_does(
     inputs, params = drawn(problem), kernel.params[-1]
     assert native.module is not None
     kernel.bind(problem, params, *inputs.static)(*inputs.dynamic)
-    fast = fake.calls("launch")
+    fast, fastest = fake.calls("launch"), native.module
     monkeypatch.setattr(native, "module", None)
     kernel.bind(problem, params, *inputs.static)(*inputs.dynamic)
     both = fake.calls("launch")
     slow = both[len(fast) :]
-    assert fast and [names for names, _ in fast] == [names for names, _ in slow]
-    for (_, one), (_, other) in zip(fast, slow, strict=True):
+    assert fast
+    alike(fast, slow)
+    if kernel.unprepared is None:
+        return
+    (weight, *_), told = inputs.static, len(both)
+    for module in (None, fastest):
+        monkeypatch.setattr(native, "module", module)
+        kernel.unprepared(problem, params)(*inputs.dynamic, *inputs.static)
+        direct, told = fake.calls("launch")[told:], len(fake.calls("launch"))
+        alike(slow, direct)
+        where = weight.data_ptr()
+        assert [where in numbers for _, numbers in direct] == [where in numbers for _, numbers in slow]
+
+
+def alike(some: list[tuple[str, list[int]]], others: list[tuple[str, list[int]]]) -> None:
+    """Assert that both launched the same."""
+    assert [names for names, _ in some] == [names for names, _ in others]
+    for (_, one), (_, other) in zip(some, others, strict=True):
         assert len(one) == len(other)
         # Addresses of what each call allocates differ; they are far above all other numbers.
         assert [each for each in one if abs(each) < 2**40] == [each for each in other if abs(each) < 2**40]
+
+
+@pytest.mark.parametrize(
+    "kernel", [kernel for kernel in KERNELS if kernel.unprepared is not None], ids=lambda kernel: kernel.id
+)
+def test_calls_without_preparation_say_where_the_weight_lies(kernel: Kernel) -> None:
+    assert kernel.form and kernel.unprepared is not None
+    for variant in VARIANTS[kernel.op]:
+        problem = problem_of(kernel, SIZES[kernel.op], **variant)
+        meant = (each for each in kernel.params if kernel.suits(problem, each) is None)
+        params = next(meant, kernel.params[0])
+        run = kernel.unprepared(problem, params)
+        for _ in range(2):  # the weight may lie elsewhere in each call
+            inputs = drawn(problem)
+            inputs = Inputs(
+                tuple(t if t is None or isinstance(t, float) else t.clone() for t in inputs.static), inputs.dynamic
+            )
+            expected = pool.operator(problem.op).reference(problem, inputs)
+            y = run(*inputs.dynamic, *inputs.static)
+            assert relative_error(y, expected) < kernel.precision["bfloat16"].limit
+
+
+def test_functional_calls_are_served_by_what_reads_the_callers_weight() -> None:
+    loop = dict(rows.LOOP)
+    candidate = Candidate("triton.rms_norm", tuple(loop.items()))
+    traits = (("affine", "yes"), ("dtype", "bfloat16"), ("residual", "yes"))
+    group = Group("rms_norm", "direct", traits, (("n", 96),), ((8,),), {16: (0,)})
+    runtime = Runtime("t", Generation(Table((Rule(candidate.id, 16),), (group,))))
+    x, r = (torch.randn(5, 96).bfloat16() for _ in range(2))
+    for weight in (torch.randn(96).bfloat16(), torch.randn(96).bfloat16()):
+        y, h = runtime.server("rms_norm").call(x, (96,), weight, 1e-6, r)
+        wanted = torch.nn.functional.rms_norm((x + r).double(), (96,), weight.double(), 1e-6)
+        assert relative_error(y, wanted) < 1e-2 and torch.equal(h, x + r)
+    assert runtime.stats()["ops"]["rms_norm"] == {"hits": {"bin": 2}, "fallbacks": {}}, runtime.stats()
 
 
 def test_a_kernels_digest_is_that_of_its_triton_source_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dks.dispatch.gpu import call, rows
-from dks.dispatch.gpu.call import Buffer, Recipe, bound, buffer, given, steps
+from dks.dispatch.gpu.call import Buffer, Recipe, bound, buffer, given, number, steps
 from dks.dispatch.gpu.elements import EXACTNESS, class_of
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.kernel import Kernel, Params, Run
@@ -19,6 +19,14 @@ def layer_norm(align: int) -> Kernel:
         dtype, affine = problem.trait("dtype"), problem.trait("affine") == "yes"
         return rows.layer_norm(dtype, affine, affine, params, class_of(dtype, align))
 
+    def recipe(problem: Problem, params: Params, more: dict[str, call.Value], constants: tuple[str, ...]) -> Recipe:
+        n = problem.dim("n")
+        rows.expect_room(params, n)
+        values: dict[str, call.Value] = {"x": given(0), "y": buffer(0), "m": call.rows(0), "n": n, "x_stride": n}
+        return Recipe(
+            (problem.trait("dtype"), *constants), steps(programs(problem, params), values | more), (Buffer(),)
+        )
+
     def bind(
         problem: Problem, params: Params, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
     ) -> Run:
@@ -28,16 +36,24 @@ def layer_norm(align: int) -> Kernel:
             Missing: a program has no compiled form here.
             ValueError: no block of these parameters holds a row.
         """
-        n = problem.dim("n")
-        rows.expect_room(params, n)
-        values: dict[str, call.Value] = {
-            **{"x": given(0), "y": buffer(0), "m": call.rows(0), "n": n, "x_stride": n, "eps": eps},
-            **{"weight": 0 if weight is None else weight.detach().contiguous()},
-            **{"bias": 0 if bias is None else bias.detach().contiguous()},
+        more: dict[str, call.Value] = {
+            "weight": 0 if weight is None else weight.detach().contiguous(),
+            "bias": 0 if bias is None else bias.detach().contiguous(),
+            "eps": eps,
         }
-        recipe = Recipe((problem.trait("dtype"),), steps(programs(problem, params), values), (Buffer(),))
         device = None if weight is None else weight.device
-        return bound(recipe, device=device)  # type: ignore[return-value]
+        return bound(recipe(problem, params, more, ()), device=device)  # type: ignore[return-value]
+
+    def unprepared(problem: Problem, params: Params) -> Run:
+        """run(x, weight, bias, eps); see ``bind``."""
+        affine = problem.trait("affine") == "yes"
+        constants = (problem.trait("dtype") if affine else "none",) * 2
+        more: dict[str, call.Value] = {
+            "weight": given(1) if affine else 0,
+            "bias": given(2) if affine else 0,
+            "eps": number(3, 1e-5),
+        }
+        return bound(recipe(problem, params, more, (*constants, "number")))  # type: ignore[return-value]
 
     return Kernel(
         id="triton.layer_norm" if align else "triton.layer_norm_scalar",
@@ -46,6 +62,7 @@ def layer_norm(align: int) -> Kernel:
         bind=bind,
         form="the addresses of weight and bias",  # a form, since binding takes longer than a small call
         form_bytes=lambda _: 16,
+        unprepared=unprepared,
         params=rows.PARAMS,
         programs=programs,
         sources=("rows.py",),

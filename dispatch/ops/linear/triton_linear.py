@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from dks.dispatch.gpu import gemv, matmul, quantize
+from dks.dispatch.gpu import call, gemv, matmul, quantize
 from dks.dispatch.gpu.call import Buffer, Recipe, Steps, Value, bound, buffer, given, rows, steps
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.kernel import Kernel, Params, Run
@@ -56,16 +56,40 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
             Missing: a program has no compiled form here.
             ValueError: the weight can't be quantised.
         """
+        held, scale = quantize.quantized(weight, form) if form else (weight.detach().contiguous(), None)
+        constants: dict[str, Value] = {
+            "weight": held,
+            "weight_scale": 0 if scale is None else scale,
+            "bias": 0 if bias is None else bias.detach().contiguous(),
+        }
+        return run(problem, params, constants, (), weight.device)
+
+    def unprepared(problem: Problem, params: Params) -> Run:
+        """run(x[, residual], weight, bias); see ``bind``."""
+        dtype, first = problem.trait("dtype"), 2 if problem.trait("epilogue") == "add" else 1
+        has_bias = problem.trait("bias") == "yes"
+        constants: dict[str, Value] = {
+            "weight": given(first),
+            "weight_scale": 0,
+            "bias": given(first + 1) if has_bias else 0,
+        }
+        return run(problem, params, constants, (dtype, dtype if has_bias else "none"), torch.device(call.DEVICE))
+
+    def run(
+        problem: Problem,
+        params: Params,
+        constants: dict[str, Value],
+        more: tuple[str, ...],
+        device: torch.device,
+    ) -> Run:
         n, k, dtype = problem.dim("n"), problem.dim("k"), problem.trait("dtype")
         adds = problem.trait("epilogue") == "add"
-        held, scale = quantize.quantized(weight, form) if form else (weight.detach().contiguous(), None)
-        made = product(problem, params)
         buffers = [Buffer(last=n)]
         values: dict[str, Value] = {
-            **{"x": given(0), "weight": held, "y": buffer(0), "residual": given(1) if adds else 0},
-            **{"bias": 0 if bias is None else bias.detach().contiguous()},
-            **{"x_scale": 0, "weight_scale": 0 if scale is None else scale, "m": rows(0), "n": n, "k": k},
+            **{"x": given(0), "y": buffer(0), "residual": given(1) if adds else 0, "x_scale": 0},
+            **{"m": rows(0), "n": n, "k": k},
             **{"x_stride": k, "weight_stride": k, "y_stride": n, "residual_stride": n},
+            **constants,
         }
         launched: Steps = ()
         if form:
@@ -80,13 +104,13 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
                 "x_stride": k,
             }
             launched = steps(before(problem), first)
-        for leading, size in zip((True, False), module.workspace(n, params, _multiprocessors(weight)), strict=True):
+        for leading, size in zip((True, False), module.workspace(n, params, _multiprocessors(device)), strict=True):
             if size:
                 values["workspace"] = buffer(len(buffers))
                 buffers.append(Buffer(last=size // 4, dtype="float32", returned=False, leading=leading))
-        inputs = (dtype, dtype) if adds else (dtype,)
-        recipe = Recipe(inputs, (*launched, *steps(made, values)), tuple(buffers))
-        return bound(recipe, device=weight.device)  # type: ignore[return-value]
+        inputs = ((dtype, dtype) if adds else (dtype,)) + more
+        recipe = Recipe(inputs, (*launched, *steps(product(problem, params), values)), tuple(buffers))
+        return bound(recipe, device=device)  # type: ignore[return-value]
 
     def supports(problem: Problem) -> str | None:
         if form and align and problem.dim("k") % align:
@@ -104,6 +128,7 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
         bind=bind,
         form=f"{form} weight, a scale a channel" if form else "the address of the weight",
         form_bytes=lambda p: p.dim("n") * (p.dim("k") + 4) if form else 8,
+        unprepared=None if form else unprepared,
         params=module.params_for(form or "bfloat16", align or 1),
         programs=programs,
         sources=(*(f"{each}.py" for each in ("matmul", "gemv", "streamk")), *(("quantize.py",) if form else ())),
@@ -115,8 +140,8 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
     )
 
 
-def _multiprocessors(t: torch.Tensor) -> int:
-    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else matmul.MANY
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else matmul.MANY
 
 
 _SHORT = {"int8": "int8", "float8_e4m3fn": "fp8"}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 
 from dks.dispatch.gpu import call, rows
-from dks.dispatch.gpu.call import Buffer, Recipe, bound, buffer, given, steps
+from dks.dispatch.gpu.call import Buffer, Recipe, bound, buffer, given, number, steps
 from dks.dispatch.gpu.elements import EXACTNESS, class_of
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.kernel import Kernel, Launch, Params
 from dks.dispatch.problem import Problem
+
+EPSILON = torch.finfo(torch.float32).eps
+"""Of a call that names none: torch takes float32's for 16-bit types too, since it computes in float32."""
 
 
 def rms_norm(align: int) -> Kernel:
@@ -20,6 +23,19 @@ def rms_norm(align: int) -> Kernel:
         affine, adds = problem.trait("affine") == "yes", problem.trait("residual") == "yes"
         return rows.rms_norm(dtype, affine, adds, params, class_of(dtype, align))
 
+    def values(problem: Problem, params: Params) -> dict[str, call.Value]:
+        n, adds = problem.dim("n"), problem.trait("residual") == "yes"
+        rows.expect_room(params, n)
+        return {
+            **{"x": given(0), "y": buffer(0), "m": call.rows(0), "n": n, "x_stride": n, "residual_stride": n},
+            **{"residual": given(1) if adds else 0, "total": buffer(1) if adds else 0},
+        }
+
+    def recipe(problem: Problem, params: Params, more: dict[str, call.Value], constants: tuple[str, ...]) -> Recipe:
+        count = 2 if problem.trait("residual") == "yes" else 1
+        launched = steps(programs(problem, params), values(problem, params) | more)
+        return Recipe((problem.trait("dtype"),) * count + constants, launched, (Buffer(),) * count)
+
     def bind(problem: Problem, params: Params, weight: torch.Tensor | None, eps: float | None) -> Launch:
         """weight (n,) of x's dtype, or None -> run(x (..., n)) -> (..., n), or run(x, r) -> (y, h).
 
@@ -27,23 +43,20 @@ def rms_norm(align: int) -> Kernel:
             Missing: a program has no compiled form here.
             ValueError: no block of these parameters holds a row.
         """
-        n, dtype, adds = problem.dim("n"), problem.trait("dtype"), problem.trait("residual") == "yes"
-        rows.expect_room(params, n)
-        values: dict[str, call.Value] = {
-            **{
-                "x": given(0),
-                "residual": given(1) if adds else 0,
-                "y": buffer(0),
-                "total": buffer(1) if adds else 0,
-            },
-            **{"weight": 0 if weight is None else weight.detach().contiguous()},
-            **{"m": call.rows(0), "n": n, "x_stride": n, "residual_stride": n},
-            # torch takes float32's epsilon for 16-bit types too: it computes in float32.
-            **{"eps": torch.finfo(torch.float32).eps if eps is None else eps},
+        more: dict[str, call.Value] = {
+            "weight": 0 if weight is None else weight.detach().contiguous(),
+            "eps": EPSILON if eps is None else eps,
         }
-        count = 2 if adds else 1
-        recipe = Recipe((dtype,) * count, steps(programs(problem, params), values), (Buffer(),) * count)
-        return bound(recipe, device=None if weight is None else weight.device)
+        return bound(recipe(problem, params, more, ()), device=None if weight is None else weight.device)
+
+    def unprepared(problem: Problem, params: Params) -> Launch:
+        """run(x, weight, eps) or run(x, r, weight, eps); see ``bind``."""
+        affine, first = problem.trait("affine") == "yes", 2 if problem.trait("residual") == "yes" else 1
+        more: dict[str, call.Value] = {
+            "weight": given(first) if affine else 0,
+            "eps": number(first + 1, EPSILON),
+        }
+        return bound(recipe(problem, params, more, (problem.trait("dtype") if affine else "none", "number")))
 
     return Kernel(
         id="triton.rms_norm" if align else "triton.rms_norm_scalar",
@@ -52,6 +65,7 @@ def rms_norm(align: int) -> Kernel:
         bind=bind,
         form="the address of the weight",  # a form, since binding takes longer than a small call
         form_bytes=lambda _: 8,
+        unprepared=unprepared,
         params=rows.PARAMS,
         programs=programs,
         sources=("rows.py",),
