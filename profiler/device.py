@@ -223,6 +223,8 @@ class Gpu:
         if late:
             self._hold = min(2 * self._hold, MOST_HOLD)
             return None
+        # A host that was held up once is not waited for ever after.
+        self._hold = max(HOLD, self._hold - self._hold // 16)
         return round(float(self._start.elapsed_time(self._end)) * 1e6)
 
     def settle(self) -> None:
@@ -304,6 +306,11 @@ def open_device(name: str) -> Device:
 def moved(args: Sequence[Any], device: torch.device) -> tuple[Any, ...]:
     """Arguments with their tensors on ``device``: copies in the same strides and as aligned, or themselves."""
     return tuple(_moved(a, device) if isinstance(a, torch.Tensor) and a.device != device else a for a in args)
+
+
+def copied(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments with copies of their tensors, in the same strides and as aligned."""
+    return tuple(_moved(a, a.device) if isinstance(a, torch.Tensor) else a for a in args)
 
 
 def _moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:

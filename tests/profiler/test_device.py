@@ -244,6 +244,14 @@ def test_a_replay_that_the_host_launched_too_late_is_not_timed(gpu: Gpu, cuda: F
     assert cuda.said[-5] == f"sleep {MOST_HOLD}"
 
 
+def test_a_host_that_was_held_up_once_is_not_waited_for_ever_after(gpu: Gpu, cuda: FakeCuda) -> None:
+    replay = gpu.captured(lambda: torch.ones(2), ())
+    cuda.late = [True] * 30 + [False] * 200
+    for _ in range(230):
+        gpu.replayed(replay)
+    assert cuda.said[-5] == f"sleep {HOLD}"
+
+
 def test_what_a_replay_returns_is_a_copy_of_what_it_wrote(gpu: Gpu, cuda: FakeCuda) -> None:
     written = (torch.zeros(2), torch.zeros(3))
     cuda.replays = [lambda: [t.add_(1) for t in written], lambda: written[0].add_(1)]

@@ -31,6 +31,7 @@ device: cuda:0
 operators:
   linear:
     bins: {m: {scheme: explicit, edges: [1, 8]}}
+    candidates: [torch.*]
     problems:
       - {dims: {n: 32, k: 32}, traits: {dtype: float32, epilogue: gelu}}
 measure: {min_rounds: 10, max_rounds: 20, processes: 2, modes: [eager, graph], held_out: false}
