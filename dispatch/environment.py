@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 from collections.abc import Mapping
@@ -131,13 +132,26 @@ def _cuda(device: str) -> dict[str, str]:
     }
 
 
-def _driver(version: Path = Path("/proc/driver/nvidia/version")) -> str:
+def _driver(version: Path = Path("/proc/driver/nvidia/version"), library: str = "libnvidia-ml.so.1") -> str:
     try:
         text = version.read_text(encoding="utf-8")
     except OSError:
-        return UNKNOWN
+        text = ""  # as in containers that have the device and the libraries alone
     found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text, re.MULTILINE)
-    return found[1] if found else UNKNOWN
+    return found[1] if found else _driver_of(library)
+
+
+def _driver_of(library: str) -> str:
+    """What NVIDIA's management library says of the driver."""
+    told = ctypes.create_string_buffer(96)
+    try:
+        nvml = ctypes.CDLL(library)
+        if nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(told, ctypes.c_uint(len(told))):
+            return UNKNOWN
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):
+        return UNKNOWN
+    return told.value.decode("ascii", "replace") or UNKNOWN
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dks.dispatch.kernel import PERIOD
+
 HOST = torch.device("cpu")
 GUARD = 256  # bytes before and after each input
 _FILL = 0xFF  # reads as NaN in every float: a kernel that lets in what lies beside its input shows it
@@ -113,7 +115,8 @@ def has_values(t: torch.Tensor) -> bool:
 
 
 def redrawn(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Other values of the same distribution: shuffled, with random signs. A mask gets rows that differ.
+    """Other values of the same distribution: shuffled, with random signs. A mask gets rows that differ. More than
+    ``PERIOD`` numbers are moved along together, with signs that repeat.
 
     NaN stays where it is: an operator's inputs have it where nothing may be read. Integers stay as they are.
     """
@@ -125,6 +128,11 @@ def redrawn(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         t = t.clone()
         t[~unread] = redrawn(t[~unread], generator)
         return t
+    if t.numel() > PERIOD:  # that many draws would take longer than all that is done with them
+        shift = int(torch.randint(1, t.numel(), (1,), generator=generator))
+        signs = torch.randint(0, 2, (PERIOD,), generator=generator).to(t.dtype).mul_(2).sub_(1)
+        signs = signs.repeat(-(-t.numel() // PERIOD))[: t.numel()]
+        return t.reshape(-1).roll(shift).mul_(signs).view(t.shape)
     order = torch.randperm(t.numel(), generator=generator)
     signs = torch.randint(0, 2, t.shape, generator=generator).to(t.dtype).mul_(2).sub_(1)
     # At least one sign differs from what was there, so that a single number changes as well.

@@ -309,14 +309,19 @@ class _Run:
         if self._deadline is None or not todo:
             return (todo, None) if todo else None
         seen = [t for t in todo if self._store.findings(t.contest).rounds]
-        if seen and self._screened:
-            self._screened = False
-            return sorted(seen, key=lambda t: -self._matter(t)), self._end()
-        self._screened = True
+        matter = {t.contest: self._matter(t) for t in todo}
         heaviest: dict[object, float] = {}
         for task in todo:
-            key = kind_of(task.problem)
-            heaviest[key] = max(heaviest.get(key, 0.0), self._matter(task))
+            for key in (kind_of(task.problem), task.problem):
+                heaviest[key] = max(heaviest.get(key, 0.0), matter[task.contest])
+        if seen and self._screened:
+            self._screened = False
+            if self._sweep.device == "cpu":
+                return sorted(seen, key=lambda t: -matter[t.contest]), self._end()
+            # Timing is short there: to draw and bind a weight again for each problem would take most of the time.
+            seen.sort(key=lambda t: (-heaviest[kind_of(t.problem)], -heaviest[t.problem], t.problem.id))
+            return seen, self._end()
+        self._screened = True
         # Problems of one weight stay together, since it is packed once for all of them.
         unseen = [t for t in todo if t not in seen] or seen
         unseen.sort(key=lambda t: (t.role == "held_out", -heaviest[kind_of(t.problem)], -t.weight))
@@ -436,6 +441,10 @@ class _Run:
         """
         findings = self._store.findings(task.contest)
         tried = False
+        if self._sweep.device != "cpu":  # of the hundreds there most are not meant for a problem
+            unknown = [each for each in task.candidates if each.id not in findings.found]
+            if unmeant := {each.id: found for each in unknown if (found := _unmeant(task, each))}:
+                self._store.found_all(task.contest, unmeant)
         for candidate in task.candidates:
             if candidate.id in findings.found:
                 continue
@@ -592,6 +601,21 @@ def finalists(rounds: Sequence[Round], names: Sequence[str], default: str) -> li
         and (both := [r.ns[default] / r.ns[name] for r in good if {name, default} <= r.ns.keys()])
     }
     return [default, *sorted(ratios, key=lambda name: (-ratios[name], name))[:FINALISTS]]
+
+
+def _unmeant(task: Task, candidate: Candidate) -> Finding | None:
+    """What a worker would find of a candidate that is not for a problem, without asking it and the disk each time."""
+    kernel = pool.kernels()[candidate.kernel]
+    try:
+        if kernel.unavailable() is not None:
+            return None  # here: what a worker lacks, it says
+        if (why := kernel.objection(task.problem)) is not None:
+            return Finding("unsupported", why.partition("\n")[0][:300])
+        if (why := kernel.suits(task.problem, candidate.params)) is not None:
+            return Finding("unsuited", why.partition("\n")[0][:300])
+    except Exception:  # a kernel of somebody's own may raise anything: it does so in a worker
+        return None
+    return None
 
 
 def _fatal(finding: Finding) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,21 @@ def test_a_gpu_is_described_by_what_decides_its_kernels(
     assert (found.device, found.arch, found.isa) == ("cuda", "NVIDIA H200 132 SMs", "sm_90")
     assert found.driver == VERSIONS[text] and found.threads == "none"
     assert found.slug == "cuda-nvidia-h200-132-sms"
+
+
+def test_a_container_that_hides_the_driver_s_file_has_its_library(tmp_path: Path) -> None:
+    source, library = tmp_path / "nvml.c", tmp_path / "nvml.so"
+    source.write_text(
+        "int nvmlInit_v2(void) { return 0; } int nvmlShutdown(void) { return 0; }\n"
+        "int nvmlSystemGetDriverVersion(char *to, unsigned size) {\n"
+        '  const char *v = "580.65.06"; while ((*to++ = *v++)) {} return size < 80; }\n'
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    assert environment._driver(tmp_path / "none", str(library)) == "580.65.06"
+    source.write_text("int nvmlInit_v2(void) { return 9; } int nvmlSystemGetDriverVersion(void) { return 0; }\n")
+    refusing = tmp_path / "refusing.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", refusing, source], check=True)
+    assert environment._driver(tmp_path / "none", str(refusing)) == UNKNOWN
 
 
 def test_no_driver_is_unknown(tmp_path: Path) -> None:

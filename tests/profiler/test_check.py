@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from dks.dispatch import pool
-from dks.dispatch.kernel import Declined, Kernel, Run, relative_error
+from dks.dispatch.kernel import PERIOD, Declined, Kernel, Run, draw_normal, relative_error
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.profiler.check import Checker, Verdict
-from dks.profiler.draws import same, tensors
+from dks.profiler.draws import redrawn, same, tensors
 from dks.profiler.gaps import gap
 from tests.profiler import wrong_kernels as wrong
 
@@ -473,3 +473,10 @@ def test_no_good_kernel_is_out(op: str, traits: dict[str, str], statics: dict[st
             )
             if verdict.status == "ok":
                 assert set(verdict.errors) == {"normal", "outliers"} and not verdict.poisoned
+
+
+def test_more_numbers_than_are_drawn_are_redrawn_in_moments() -> None:
+    x = draw_normal((3, PERIOD), torch.Generator().manual_seed(0), 2.0, torch.bfloat16)
+    y = redrawn(x, torch.Generator().manual_seed(1))
+    assert y.shape == x.shape and y.dtype == x.dtype and bool(((x == y).float().mean(dim=1) < 0.01).all())
+    assert y.float().std().item() == pytest.approx(0.5, rel=0.01) and abs(y.float().mean().item()) < 1e-3
