@@ -483,6 +483,9 @@ def test_more_numbers_than_are_drawn_are_redrawn_in_moments() -> None:
     y = redrawn(x, torch.Generator().manual_seed(1))
     assert y.shape == x.shape and y.dtype == x.dtype and bool(((x == y).float().mean(dim=1) < 0.01).all())
     assert y.float().std().item() == pytest.approx(0.5, rel=0.01) and abs(y.float().mean().item()) < 1e-3
+    x[1, 5] = torch.nan
+    y = redrawn(x, torch.Generator().manual_seed(1))
+    assert torch.equal(y.isnan(), x.isnan()) and 0.4 < (x == y).float().mean() < 0.6
 
 
 def test_references_are_made_on_the_device_of_their_inputs() -> None:
@@ -495,7 +498,9 @@ def test_references_are_made_on_the_device_of_their_inputs() -> None:
                 if (problem.op, problem.traits) in seen or problem.op in ("paged_attention", "rotary"):
                     continue
                 seen.add((problem.op, problem.traits))
-                small = replace(problem, dims=tuple((n, 9 if n in operator.dynamic else d) for n, d in problem.dims))
+                small = replace(
+                    problem, dims=tuple((n, 9 if n in operator.dynamic else d) for n, d in problem.dims)
+                )
                 made = operator.make_inputs(small, torch.Generator().manual_seed(0), "normal")
                 with FakeTensorMode():
                     inputs = Inputs(*(tuple(map(_pretended, each)) for each in (made.static, made.dynamic)))
