@@ -115,6 +115,7 @@ class Bench:
         self._shared = False
         self._bound: dict[str, list[Bound]] = {}
         self._drawn: tuple[Problem, Inputs] | None = None
+        self._digests: dict[str, str] = {}
 
     def check(self, problem: Problem, candidate: Candidate, mode: str = EAGER) -> tuple[Finding, bool]:
         """What is found of one candidate, and whether it left the process unfit for others.
@@ -123,7 +124,7 @@ class Bench:
         """
         finding = Finding(
             energy_note=self._device.no_energy() or UNREAD,
-            digest=source_digest(pool.kernels()[candidate.kernel]),
+            digest=self._digest(candidate.kernel),
         )
         try:
             verdict = self._checker.check(problem, candidate)
@@ -142,6 +143,12 @@ class Bench:
             finding.status, finding.reason = "crashed", why
             return finding, True
         return finding, verdict.poisoned or finding.status == "crashed"
+
+    def _digest(self, kernel: str) -> str:
+        """Of its sources, read once."""
+        if kernel not in self._digests:
+            self._digests[kernel] = source_digest(pool.kernels()[kernel])
+        return self._digests[kernel]
 
     def _charged(self, error: Exception, where: str) -> Finding:
         """What is found of a candidate that raised."""
@@ -235,7 +242,7 @@ class Bench:
         calls: list[Callable[[], object]] = []
         for bound in self._bind(problem, Candidate.parse(name)):
             if mode == GRAPH:
-                calls.append(self._device.captured(bound.run, inputs.dynamic).again)
+                calls.append(self._device.captured(bound.run, inputs.dynamic, False).again)
             else:
                 calls.append(partial(bound.run, *inputs.dynamic))
         turns = cycle(calls)
@@ -339,7 +346,10 @@ class _Kernels:
         """A graph for each copy of weights and inputs: it is bound to their addresses."""
         turns = range(max(len(runs), len(self.inputs)))
         calls = [self._neighbours.around(runs[t % len(runs)], self.inputs[t % len(self.inputs)]) for t in turns]
-        return [self._bench._device.captured(call, args) for call, args in calls]
+        # Of large outputs one each, which is compared, is all that there is room for.
+        return [
+            self._bench._device.captured(call, args, t == 0) for t, (call, args) in zip(turns, calls, strict=True)
+        ]
 
     def graph(self, name: str) -> Replay | None:
         """What was timed of a candidate, on the first inputs, where it ran as a graph."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from dks.profiler.device import (
     HOLD,
     MAX_COPIES_GPU,
     MOST_HOLD,
+    MOST_IDLE,
     Gpu,
     Host,
     Uncapturable,
@@ -50,7 +52,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.said: list[str] = []
-        self.allocated = 1000
+        self.allocated, self.idle = 1000, 0
         self.left: Exception | None = None
         self.late: list[bool] = []
         self.replays: list[Callable[[], object]] = []
@@ -92,6 +94,13 @@ class FakeCuda:
 
     def memory_allocated(self, _: torch.device) -> int:
         return self.allocated
+
+    def memory_reserved(self, _: torch.device) -> int:
+        return self.allocated + self.idle
+
+    def empty_cache(self) -> None:
+        self.said.append("empty")
+        self.idle = 0
 
     def max_memory_allocated(self, _: torch.device) -> int:
         return self.allocated + 4096
@@ -242,6 +251,22 @@ def test_a_replay_that_the_host_launched_too_late_is_not_timed(gpu: Gpu, cuda: F
     for _ in range(30):
         gpu.replayed(replay)
     assert cuda.said[-5] == f"sleep {MOST_HOLD}"
+
+
+def test_what_no_tensor_has_is_given_back_before_a_capture_and_outputs_nobody_asks_for_are_not_kept(
+    gpu: Gpu, cuda: FakeCuda
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def call() -> torch.Tensor:
+        made.append(weakref.ref(y := torch.ones(2)))
+        return y
+
+    cuda.idle = MOST_IDLE + 1
+    graphs = [gpu.captured(call, (), keep) for keep in (True, False)]
+    assert cuda.said.count("empty") == 1 and cuda.said.index("empty") < cuda.said.index("begin 0 in pool 1")
+    assert [each() is not None for each in made] == [False, True, False, False]
+    assert len(graphs) == 2
 
 
 def test_a_host_that_was_held_up_once_is_not_waited_for_ever_after(gpu: Gpu, cuda: FakeCuda) -> None:
