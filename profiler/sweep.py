@@ -604,7 +604,7 @@ def finalists(rounds: Sequence[Round], names: Sequence[str], default: str) -> li
 
 
 def _unmeant(task: Task, candidate: Candidate) -> Finding | None:
-    """What a worker would find of a candidate that is not for a problem, without asking it and the disk each time."""
+    """What a worker would find of a candidate that is not for a problem; None where it has to be asked."""
     kernel = pool.kernels()[candidate.kernel]
     try:
         if kernel.unavailable() is not None:
