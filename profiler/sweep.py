@@ -620,16 +620,18 @@ def _unmeant(task: Task, candidate: Candidate) -> Finding | None:
 
 def _fatal(finding: Finding) -> bool:
     """Whether an exception may have left the process or its device unfit: any that Python itself does not raise
-    for a wrong argument."""
+    for a wrong argument, nor our launcher for a call that it does not take or the driver refused."""
     ordinary = ("NotImplementedError", "TypeError", "ValueError", "RuntimeError")
+    ordinary += ("LaunchFailed", "Declined", "declined", "Misaligned", "Missing")
     return _of_device(finding) or (finding.status == "failed" and not finding.reason.startswith(ordinary))
 
 
 def _of_device(finding: Finding) -> bool:
     """Whether it is an error of a device, which may stay with the process."""
     words = ("CUDA", "cuBLAS", "HIP", "device-side", "illegal")
+    refused = "LaunchFailed: " in finding.reason  # what stays has another name, and is a crash
     return finding.status == "crashed" or (
-        finding.status == "failed" and any(word in finding.reason for word in words)
+        finding.status == "failed" and not refused and any(word in finding.reason for word in words)
     )
 
 
