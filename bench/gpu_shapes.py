@@ -28,7 +28,7 @@ ENTRY = (
     "      - {{dims: {{n: {n}, k: {k}}}, traits: {{dtype: bfloat16, bias: no}}, sizes: [{{dims: {{m: {m}}}}}]}}\n"
 )
 TAIL = """\
-measure: {modes: [eager, graph], min_rounds: 10, max_rounds: 40, seconds: 0.1, processes: 2, max_processes: 2, split: null}
+measure: {modes: [eager, graph], max_rounds: 40, seconds: 0.1, processes: 2, max_processes: 2, split: null}
 """
 
 

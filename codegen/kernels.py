@@ -1,5 +1,5 @@
 """The generated kernels that a table chose: C++ ones as a shared library with a C header, Triton programs as
-another with what launches them."""
+another with what launches them, CUTLASS kernels as a third."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from dks.dispatch import pool
 from dks.dispatch.errors import BadInput
 from dks.dispatch.gpu import compile as gpu_compile
 from dks.dispatch.gpu import embed, measuring
+from dks.dispatch.gpu.cublaslt import build as cublaslt_build
+from dks.dispatch.gpu.cutlass import build as cutlass_build
+from dks.dispatch.gpu.cutlass.configuration import Configuration
 from dks.dispatch.gpu.program import Program
-from dks.dispatch.manifest import GPU, KERNELS
+from dks.dispatch.manifest import CUBLASLT, CUTLASS, GPU, KERNELS
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build
 from dks.dispatch.tiles.library import Missing
 from dks.dispatch.tiles.unit import HEADERS, Unit
 
 HEADER = "kernels.h"
+LICENCE = "cutlass_license.txt"
 
 
 def chosen_units(lut: Lut) -> list[Unit]:
@@ -43,6 +47,59 @@ def chosen_programs(lut: Lut) -> list[Program]:
         if kernel.programs is not None:
             found |= {each.symbol: each for each in kernel.programs(Problem.parse(rule.problem), candidate.params)}
     return [found[symbol] for symbol in sorted(found)]
+
+
+def chosen_configurations(lut: Lut) -> list[Configuration]:
+    """The CUTLASS kernels that its rules run, as they are compiled for its GPU, by symbol."""
+    found: dict[str, Configuration] = {}
+    for rule in lut.rules:
+        candidate = Candidate.parse(rule.candidate)
+        kernel = pool.kernels()[candidate.kernel]
+        if kernel.configuration is not None:
+            chosen = kernel.configuration(Problem.parse(rule.problem), candidate.params)
+            chosen = chosen.on(_capability(lut.environment.isa))
+            found[chosen.symbol] = chosen
+    return [found[symbol] for symbol in sorted(found)]
+
+
+def _capability(isa: str) -> int:
+    """Of sm_90: 90."""
+    return int(isa.removeprefix("sm_"))
+
+
+def ship_cublaslt(lut: Lut, package: Path) -> None:
+    """Put what opens cuBLASLt into ``package``, where a rule runs one of its algorithms.
+
+    Raises:
+        BadInput: it can't be compiled here.
+    """
+    if not any(pool.kernels()[Candidate.parse(rule.candidate).kernel].search for rule in lut.rules):
+        return
+    why = cublaslt_build.compile_into(package)
+    if why:
+        raise BadInput(
+            f"kernels: the table chose algorithms of cuBLASLt, and what opens it can't be compiled here ({why}); "
+            "install a C++ compiler or name one in $CXX"
+        )
+    (package / cublaslt_build.BINARY).rename(package / CUBLASLT)
+
+
+def ship_configurations(configurations: Sequence[Configuration], package: Path) -> None:
+    """Put the library of these CUTLASS kernels and their licence into ``package``; nothing where there are none.
+
+    Raises:
+        BadInput: they can't be compiled here.
+    """
+    if not configurations:
+        return
+    try:
+        cutlass_build.link(configurations, package / CUTLASS)
+        (package / LICENCE).write_text(cutlass_build.licence(), encoding="utf-8", newline="\n")
+    except Missing as error:
+        raise BadInput(
+            f"kernels: the table chose {len(configurations)} CUTLASS kernels that can't be compiled here "
+            f"({error}); install the extra gpu and nvcc, or build where they were measured"
+        ) from None
 
 
 def ship_programs(programs: Sequence[Program], isa: str, package: Path) -> None:
@@ -89,9 +146,13 @@ def ship(units: Sequence[Unit], package: Path) -> None:
     (package / HEADER).write_text(text, encoding="utf-8", newline="\n")
 
 
-def describe(package: Path, units: int, programs: int) -> str:
+def describe(package: Path, units: int, programs: int, configurations: int) -> str:
     """What was shipped, in a line."""
-    shipped = ((units, "generated kernels", KERNELS), (programs, "Triton programs", GPU))
+    shipped = (
+        (units, "generated kernels", KERNELS),
+        (programs, "Triton programs", GPU),
+        (configurations, "CUTLASS kernels", CUTLASS),
+    )
     found = [
         f"{count} {what} in {file}: {(package / file).stat().st_size / 1024:.0f} KiB"
         for count, what, file in shipped

@@ -18,7 +18,16 @@ import torch
 
 from dks.codegen.certificate import check_regret
 from dks.codegen.cpp import check_namespace, render_header
-from dks.codegen.kernels import chosen_programs, chosen_units, describe, ship, ship_programs
+from dks.codegen.kernels import (
+    chosen_configurations,
+    chosen_programs,
+    chosen_units,
+    describe,
+    ship,
+    ship_configurations,
+    ship_cublaslt,
+    ship_programs,
+)
 from dks.codegen.launch import compile_library, ship_headers
 from dks.codegen.lut import Lut
 from dks.codegen.templating import environment as templates
@@ -146,10 +155,12 @@ def build(lut: Lut, rows: Iterable[Measurement], out: Path, name: str) -> Built:
     try:
         package = work / name
         package.mkdir()
-        units, programs = chosen_units(lut), chosen_programs(lut)
+        units, programs, configurations = chosen_units(lut), chosen_programs(lut), chosen_configurations(lut)
         ship(units, package)
         ship_programs(programs, lut.environment.isa, package)
-        kernels = describe(package, len(units), len(programs))
+        ship_configurations(configurations, package)
+        ship_cublaslt(lut, package)
+        kernels = describe(package, len(units), len(programs), len(configurations))
         lookup = _fill(package, lut, rows, name)
         changed = _put_in_place(package, out / name)
     except OSError as error:

@@ -150,7 +150,7 @@ def _unknown(row: Measurement) -> str:
         return f"{row.candidate}, which computes {kernel.op}"
     names = tuple(name for name, _ in candidate.params)
     declared = {tuple(name for name, _ in params) for params in kernel.params}
-    return "" if names in declared else f"parameters of {row.candidate}"
+    return "" if names in declared or kernel.search is not None else f"parameters of {row.candidate}"
 
 
 def _one_environment(measured: Mapping[str, Mapping[Problem, Sequence[Measurement]]]) -> Environment:

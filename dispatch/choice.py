@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dks.dispatch.problem import short
+
 WIDTH = 110
 """Letters of a line at most, where words allow."""
 
@@ -31,7 +33,7 @@ class Choice:
     story: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.op} -> {self.candidate}  ({self.match} match)"]
+        lines = [f"{self.op} -> {short(self.candidate)}  ({self.match} match)"]
         told = (("why", self.reason), *self.story)
         indent = 4 + max(len(label) for label, _ in told)
         for label, text in told:

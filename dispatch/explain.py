@@ -14,7 +14,7 @@ from dks.dispatch import pool
 from dks.dispatch.bins import Bins
 from dks.dispatch.choice import Choice
 from dks.dispatch.modes import EAGER, MODES, eager_form, form_in, mode_of
-from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.problem import Candidate, Problem, short
 from dks.dispatch.reasons import HITS, REASONS
 from dks.dispatch.table import NEAREST_REACH, Group, Match, Miss, Rule, Table, find
 
@@ -221,10 +221,10 @@ def _told(default: str, evidence: Mapping[str, Any], device: str) -> Story:
     if evidence.get("form_bytes"):
         lines.append(("packed", f"{evidence['form_bytes'] / 2**20:.2f} MiB for each weight"))
     if evidence.get("runner_up"):
-        lines.append(("runner-up", str(evidence["runner_up"])))
+        lines.append(("runner-up", short(str(evidence["runner_up"]))))
         lines.append(("margin", f"{_interval(evidence['margin'])}: the runner-up's time over the choice's"))
     if evidence.get("tied"):
-        lines.append(("tied", ", ".join(evidence["tied"])))
+        lines.append(("tied", ", ".join(map(short, evidence["tied"]))))
     return (*lines, *_not_chosen(default, chosen, evidence.get("others"), device))
 
 

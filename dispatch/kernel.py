@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dks.dispatch.gpu import program
+from dks.dispatch.gpu.cutlass.configuration import Configuration
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles.unit import Unit, source_of
@@ -31,6 +32,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 _BUILT_ON = re.compile(r"dks\.dispatch\.(ops\.\w+|tiles|gpu)\.")
 """Modules that a kernel builds on. An operator's package only declares; what counts are the modules beside it."""
+
+_GPU = program.SOURCES.parent
 
 Params = tuple[tuple[str, int], ...]
 """Names and values of one parameter set."""
@@ -89,6 +92,10 @@ class Kernel:
         header: the file in ``dks/dispatch/tiles`` that such functions are made from.
         programs: the Triton programs that a candidate launches, where it launches any.
         sources: the files in ``dks/dispatch/gpu/kernels`` that they are in.
+        files: other files in ``dks/dispatch/gpu`` that decide what it does.
+        configuration: the CUTLASS kernel that a candidate runs, where it runs one; after its programs.
+        search: asks its library, on the current device, which parameter sets to measure for a problem; its
+            candidate without parameters stands for them in a sweep, and is measured nowhere.
         align: bytes to which it needs every pointer and row stride aligned; 0 means the element's size. Not among
             them are masks, block tables, lengths, positions, targets and losses, aligned to their own elements
             alone, and the distance of softmax's rows, which comes with a call. The halves of silu_and_mul's rows
@@ -114,6 +121,9 @@ class Kernel:
     header: str = ""
     programs: Callable[[Problem, Params], tuple[Program, ...]] | None = None
     sources: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    configuration: Callable[[Problem, Params], Configuration] | None = None
+    search: Callable[[Problem], tuple[Params, ...]] | None = None
     align: int = 0
     supports: Callable[[Problem], str | None] = always
     suits: Callable[[Problem, Params], str | None] = always
@@ -151,7 +161,7 @@ class Kernel:
 
 
 def source_digest(kernel: Kernel) -> str:
-    """First 16 hex digits of a SHA-256 over a kernel's files: its own, those it builds on, its C++ template."""
+    """First 16 hex digits of a SHA-256 over a kernel's files: its own, those it builds on, its templates."""
     todo, seen = [kernel.bind.__module__], dict[str, bytes]()
     while todo:
         name = todo.pop()
@@ -167,6 +177,8 @@ def source_digest(kernel: Kernel) -> str:
         seen[kernel.header] = source_of(kernel.header).encode()
     for name in kernel.sources:
         seen[f"gpu/kernels/{name}"] = program.source_of(name).encode()
+    for name in kernel.files:
+        seen[f"gpu/{name}"] = (_GPU / name).read_bytes()
     digest = hashlib.sha256()
     for name in sorted(seen):
         digest.update(name.encode() + b"\0" + seen[name] + b"\0")

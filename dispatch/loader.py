@@ -13,7 +13,11 @@ from dks.dispatch import native
 from dks.dispatch.errors import BadInput
 from dks.dispatch.generation import Generation
 from dks.dispatch.gpu import library as programs
+from dks.dispatch.gpu.cublaslt import library as cublaslt
+from dks.dispatch.gpu.cutlass import library as cutlass
 from dks.dispatch.manifest import (
+    CUBLASLT,
+    CUTLASS,
     EVIDENCE,
     GPU,
     INIT,
@@ -86,11 +90,12 @@ def open_generation(path: Path) -> Generation:
             library.add(KERNELS, checked(path, manifest, KERNELS), manifest.files[KERNELS])
         except OSError as error:  # each of its kernels is then found to be missing when it is bound
             warnings.warn(f"{path}: {KERNELS} can't be loaded: {error}", RuntimeWarning, stacklevel=3)
-    if GPU in manifest.files:
-        try:
-            programs.add(checked(path, manifest, GPU), manifest.files[GPU])
-        except Missing as error:
-            warnings.warn(f"{path}: {GPU} can't be loaded: {error}", RuntimeWarning, stacklevel=3)
+    for name, add in ((GPU, programs.add), (CUTLASS, cutlass.add), (CUBLASLT, cublaslt.add)):
+        if name in manifest.files:
+            try:
+                add(checked(path, manifest, name), manifest.files[name])
+            except Missing as error:
+                warnings.warn(f"{path}: {name} can't be loaded: {error}", RuntimeWarning, stacklevel=3)
     dead = {
         rule.candidate: dead_ids[kernel]
         for rule in table.rules

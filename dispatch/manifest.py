@@ -31,6 +31,10 @@ KERNELS = "_kernels.so"
 """The shared library of the generated kernels that a table chose, where it chose any."""
 GPU = "_gpu.so"
 """The same of Triton programs, with what launches them."""
+CUTLASS = "_cutlass.so"
+"""The same of CUTLASS kernels, with CUDA's run-time in it."""
+CUBLASLT = "_cublaslt.so"
+"""What opens cuBLASLt, where a table chose one of its algorithms."""
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_FILES = 64

@@ -6,11 +6,13 @@ parses back into them.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+LONG = 100  # characters of a candidate's id; those made of sizes are shorter
 MAX_ALIGNMENT = 64  # bytes; one cache line, and the widest vector register of today's CPUs
 MAX_DIM = 2**40  # a larger dimension is a corrupt number, not a tensor
 
@@ -167,3 +169,11 @@ class Candidate:
 
     def __str__(self) -> str:
         return self.id
+
+
+def short(id: str) -> str:
+    """A candidate's id for people: where it is long, its kernel and 8 hex digits of a SHA-256 of it, as in
+    ``cublaslt.matmul/#3f2a91c0``."""
+    if len(id) <= LONG:
+        return id
+    return f"{id.partition('/')[0]}/#{hashlib.sha256(id.encode()).hexdigest()[:8]}"

@@ -23,6 +23,7 @@ import torch
 
 from dks.dispatch import pool
 from dks.dispatch.gpu import library as programs
+from dks.dispatch.gpu.cutlass import library as cutlass_library
 from dks.dispatch.gpu.library import Unsuited
 from dks.dispatch.kernel import Inputs, Kernel, Launch, parts, relative_error
 from dks.dispatch.problem import Candidate, Precision, Problem
@@ -274,6 +275,10 @@ def _expect_meant(kernel: Kernel, problem: Problem, candidate: Candidate) -> Non
             library.function(kernel.unit(problem, candidate.params))
         if kernel.programs is not None:
             programs.plan([(each, {}) for each in kernel.programs(problem, candidate.params)])
+        if kernel.configuration is not None:
+            lack = cutlass_library.lack(kernel.configuration(problem, candidate.params))
+            if lack is not None:
+                raise Missing(lack)
     except Unsuited as error:
         raise Rejected("unsuited", str(error)) from None
     except Missing as error:

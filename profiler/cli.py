@@ -20,7 +20,7 @@ from dks.dispatch.environment import Environment, private_cache_bytes
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, read_run
 from dks.dispatch.modes import EAGER, MODES
-from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.problem import Candidate, Problem, short
 from dks.dispatch.tiles import build
 from dks.profiler.config import load
 from dks.profiler.counters import EnergyMeter
@@ -238,7 +238,7 @@ def _show_problem(problem: str, rows: list[Measurement]) -> Iterator[tuple[str, 
             best.mode if problem else "",
             best.role.replace("_", " ") if problem else "",
             precision,
-            best.candidate,
+            short(best.candidate),
             f"{(default.median_ns or 0) / 1e3:.1f}",
             f"{(best.median_ns or 0) / 1e3:.1f}",
             f"{best.ratio:.2f} [{best.ratio_low or 0:.2f}, {best.ratio_high or float('inf'):.2f}]",

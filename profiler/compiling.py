@@ -10,6 +10,8 @@ from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.gpu import compile as gpu_compile
 from dks.dispatch.gpu import embed, measuring
+from dks.dispatch.gpu.cutlass import build as cutlass_build
+from dks.dispatch.gpu.cutlass.configuration import Configuration
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.kernel import Kernel
 from dks.dispatch.native import build as native_build
@@ -33,6 +35,13 @@ def programs(asked: Asked) -> list[Program]:
     return _each_once(asked, lambda kernel, *rest: () if kernel.programs is None else kernel.programs(*rest))
 
 
+def configurations(asked: Asked) -> list[Configuration]:
+    """The CUTLASS kernels that these candidates run, each once."""
+    return _each_once(
+        asked, lambda kernel, *rest: () if kernel.configuration is None else (kernel.configuration(*rest),)
+    )
+
+
 def _each_once(asked: Asked, of: Callable[..., Iterable[_T]]) -> list[_T]:
     found: dict[_T, None] = {}
     for problem, candidate in asked:
@@ -53,8 +62,8 @@ def compile_for(asked: Asked, say: Said, environment: Environment | None = None)
         environment: of the GPU that Triton programs are to run on; None where there are none.
     """
     asked = list(asked)
-    wanted, launched = units(asked), programs(asked)
-    if not (wanted or launched):
+    wanted, launched, cutlass = units(asked), programs(asked), configurations(asked)
+    if not (wanted or launched or cutlass):
         return
     if why := build.distrust():
         say(f"no generated kernel is measured: {why}")
@@ -65,8 +74,12 @@ def compile_for(asked: Asked, say: Said, environment: Environment | None = None)
     if missing := [unit for unit in wanted if not build.is_built(unit)]:
         _said(len(missing), len(wanted), "generated kernels", say)
         _failures(build.build(missing), say)
-    if launched and environment is not None:
+    if environment is None:
+        return
+    if launched:
         _compile_programs(launched, environment.isa, say)
+    if cutlass:
+        _compile_cutlass(cutlass, environment.isa, say)
 
 
 def _compile_programs(wanted: list[Program], isa: str, say: Said) -> None:
@@ -87,6 +100,18 @@ def _compile_programs(wanted: list[Program], isa: str, say: Said) -> None:
 
     failed = gpu_compile.build(missing, (arch,), progress=told)
     _failures({symbol: why for (symbol, _), why in failed.items()}, say)
+
+
+def _compile_cutlass(wanted: list[Configuration], isa: str, say: Said) -> None:
+    if why := cutlass_build.unavailable():
+        say(f"no CUTLASS kernel is compiled: {why}")
+        return
+    capability = measuring.capability_of(isa)
+    compiled = [configuration.on(capability) for configuration in wanted]
+    missing = [configuration for configuration in compiled if not cutlass_build.is_built(configuration)]
+    if missing:
+        _said(len(missing), len(wanted), f"CUTLASS kernels for sm_{capability}, a minute each", say)
+        _failures(cutlass_build.build(missing, told=lambda done, of: say(f"{done} of {of} compiled")), say)
 
 
 def _said(missing: int, wanted: int, what: str, say: Said) -> None:

@@ -169,6 +169,11 @@ class Process:
         (answer,) = self._ask({"do": "check", "problem": problem.id, "candidate": candidate.id, "mode": mode})
         return Finding(**answer["finding"]), answer["poisoned"]
 
+    def search(self, problem: Problem, candidate: Candidate) -> list[Candidate]:
+        """The candidates that a kernel's search finds for a problem. Raises Lost."""
+        (answer,) = self._ask({"do": "search", "problem": problem.id, "candidate": candidate.id})
+        return [Candidate.parse(id) for id in answer["found"]]
+
     def joules(self, problem: Problem, name: str, mode: str = EAGER) -> tuple[float | None, str]:
         """Joules of a call, and why not if there are none. Raises Lost."""
         request = {"do": "joules", "problem": problem.id, "candidate": name, "mode": mode}

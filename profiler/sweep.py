@@ -19,7 +19,7 @@ from typing import Protocol
 from dks.dispatch import pool
 from dks.dispatch.errors import BadInput
 from dks.dispatch.modes import EAGER
-from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.problem import Candidate, Problem, short
 from dks.profiler.bench import Job, entrants
 from dks.profiler.compiling import compile_for
 from dks.profiler.config import Sweep
@@ -52,6 +52,9 @@ class Measurer(Protocol):
 
     def time(self, job: Job) -> Iterator[list[Round] | tuple[str, Finding]]:
         """As ``Bench.time``. Raises Lost."""
+
+    def search(self, problem: Problem, candidate: Candidate) -> list[Candidate]:
+        """The candidates that a kernel's search finds for a problem. Raises Lost."""
 
     def joules(self, problem: Problem, name: str, mode: str) -> tuple[float | None, str]:
         """As ``Bench.joules``. Raises Lost."""
@@ -264,7 +267,7 @@ class _Run:
         """End the process, and put all that is known into Parquet."""
         self._end_process()
         for task in [*self._tasks, *self._outgrown()]:
-            self._store.compact(task.contest, task.role, task.weight, task.candidates)
+            self._store.compact(task.contest, task.role, task.weight, self._candidates(task))
         self._store.retire_journal()
 
     def _outgrown(self) -> list[Task]:
@@ -344,9 +347,10 @@ class _Run:
     def _untimed(self, task: Task) -> str:
         """What is still to be checked and timed of it."""
         findings = self._store.findings(task.contest)
-        unchecked = [c for c in task.candidates if c.id not in findings.found]
+        candidates = self._candidates(task)
+        unchecked = [c for c in candidates if c.id not in findings.found]
         if unchecked:
-            return "not measured" if len(unchecked) == len(task.candidates) else f"{len(unchecked)} unchecked"
+            return "not measured" if len(unchecked) == len(candidates) else f"{len(unchecked)} unchecked"
         names = self._names(task)
         if not names:
             return ""
@@ -370,7 +374,9 @@ class _Run:
     def _names(self, task: Task) -> list[str]:
         """Candidates that may be timed; none where the default can't be."""
         findings = self._store.findings(task.contest)
-        names = [c.id for c in task.candidates if c.id in findings.found and findings.found[c.id].status == "ok"]
+        names = [
+            c.id for c in self._candidates(task) if c.id in findings.found and findings.found[c.id].status == "ok"
+        ]
         return names if task.default in names else []
 
     def _matter(self, task: Task) -> float:
@@ -442,12 +448,10 @@ class _Run:
         findings = self._store.findings(task.contest)
         tried = False
         if self._sweep.device != "cpu":  # of the hundreds there most are not meant for a problem
-            unknown = [each for each in task.candidates if each.id not in findings.found]
-            if unmeant := {each.id: found for each in unknown if (found := _unmeant(task, each))}:
+            new = [each for each in task.candidates if each.id not in findings.found and not _searches(each)]
+            if unmeant := {each.id: found for each in new if (found := _unmeant(task, each))}:
                 self._store.found_all(task.contest, unmeant)
-        for candidate in task.candidates:
-            if candidate.id in findings.found:
-                continue
+        for candidate in self._unchecked(task):
             if self._late():
                 return False
             tried = True
@@ -456,6 +460,28 @@ class _Run:
         if tried:
             _refuse_broken(task, findings)
         return True
+
+    def _candidates(self, task: Task) -> list[Candidate]:
+        """A problem's candidates, with those that a search has found for it."""
+        found = (Candidate.parse(name) for name in self._store.findings(task.contest).found)
+        return list(dict.fromkeys((*task.candidates, *(each for each in found if _searches(each) and each.params))))
+
+    def _unchecked(self, task: Task) -> Iterator[Candidate]:
+        """Those that nothing is known of. What stands for a search comes after all that it finds, so that a sweep
+        that ends between them searches again."""
+        known = self._store.findings(task.contest).found
+        for candidate in self._candidates(task):
+            if candidate.id in known:
+                continue
+            if _searches(candidate) and not candidate.params:
+                try:
+                    searched = self._worker().search(task.problem, candidate)
+                except Lost as lost:
+                    self._end_process()
+                    self._store.found(task.contest, candidate.id, Finding(lost.status, f"searching: {lost.reason}"))
+                    continue
+                yield from (each for each in searched if each.id not in known)
+            yield candidate
 
     def _excluded(self, task: Task, candidate: Candidate) -> Finding | None:
         begun = self._store.attempts.get((task.contest, candidate.id), 0)
@@ -567,7 +593,7 @@ class _Run:
             return "no candidate could be timed"
         best = max(ratios, key=lambda name: ratios[name])
         us = median([r.ns[best] for r in rounds if best in r.ns]) / 1e3
-        return f"{best} {ratios[best]:.2f}x ({us:.0f} us)"
+        return f"{short(best)} {ratios[best]:.2f}x ({us:.0f} us)"
 
     def _split(self) -> bool:
         """Split the bins that are too wide; whether there are any, and so more to measure."""
@@ -607,8 +633,7 @@ def _unmeant(task: Task, candidate: Candidate) -> Finding | None:
     """What a worker would find of a candidate that is not for a problem; None where it has to be asked."""
     kernel = pool.kernels()[candidate.kernel]
     try:
-        if kernel.unavailable() is not None:
-            return None  # here: what a worker lacks, it says
+        # Not whether it is unavailable: that may open the device, which is for workers alone.
         if (why := kernel.objection(task.problem)) is not None:
             return Finding("unsupported", why.partition("\n")[0][:300])
         if (why := kernel.suits(task.problem, candidate.params)) is not None:
@@ -621,8 +646,8 @@ def _unmeant(task: Task, candidate: Candidate) -> Finding | None:
 def _fatal(finding: Finding) -> bool:
     """Whether an exception may have left the process or its device unfit: any that Python itself does not raise
     for a wrong argument, nor our launcher for a call that it does not take or the driver refused."""
-    ordinary = ("NotImplementedError", "TypeError", "ValueError", "RuntimeError")
-    ordinary += ("LaunchFailed", "Declined", "declined", "Misaligned", "Missing")
+    python = ("NotImplementedError", "TypeError", "ValueError", "RuntimeError")
+    ordinary = (*python, "LaunchFailed", "Declined", "declined", "Misaligned", "Missing")
     return _of_device(finding) or (finding.status == "failed" and not finding.reason.startswith(ordinary))
 
 
@@ -633,6 +658,10 @@ def _of_device(finding: Finding) -> bool:
     return finding.status == "crashed" or (
         finding.status == "failed" and not refused and any(word in finding.reason for word in words)
     )
+
+
+def _searches(candidate: Candidate) -> bool:
+    return pool.kernels()[candidate.kernel].search is not None
 
 
 def _refuse_broken(task: Task, findings: Findings) -> None:

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
-from dks.dispatch import native
+from dks.dispatch import native, pool
 from dks.dispatch.gpu import library as gpu_library
 from dks.dispatch.gpu import measuring
+from dks.dispatch.gpu.cublaslt import library as cublaslt_library
+from dks.dispatch.gpu.cutlass import library as cutlass_library
 from dks.dispatch.native import build as native_build
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.tiles import build, library
@@ -60,12 +62,20 @@ class Worker:
                 torch.set_num_threads(request["threads"])
             device = open_device(request["device"])
             if device.torch.type == "cuda":
-                gpu_library.look_in(measuring.locate(measuring.capability(request["device"])))
+                capability = measuring.capability(request["device"])
+                gpu_library.look_in(measuring.locate(capability))
+                cutlass_library.look_in(measuring.locate_cutlass(capability))
+                cublaslt_library.look_in(measuring.locate_cublaslt)
             self._bench = Bench(request["seed"], request["cache"], self.in_flight, device)
             yield {"done": True}
             return
         assert self._bench is not None, "begin comes first"
-        if request["do"] == "check":
+        if request["do"] == "search":
+            candidate = Candidate.parse(request["candidate"])
+            self.in_flight(candidate.id)
+            yield {"done": True, "found": _searched(Problem.parse(request["problem"]), candidate)}
+            self.in_flight("")
+        elif request["do"] == "check":
             candidate = Candidate.parse(request["candidate"])
             self.in_flight(candidate.id)
             finding, poisoned = self._bench.check(Problem.parse(request["problem"]), candidate, request["mode"])
@@ -90,6 +100,18 @@ class Worker:
             else:
                 yield {"name": found[0], "finding": asdict(found[1])}
         yield {"done": True}
+
+
+def _searched(problem: Problem, candidate: Candidate) -> list[str]:
+    """The candidates that a kernel's search finds; none where it can't."""
+    kernel = pool.kernels()[candidate.kernel]
+    try:
+        if kernel.search is None or kernel.unavailable() or kernel.objection(problem):
+            return []
+        return [Candidate(kernel.id, params).id for params in kernel.search(problem)]
+    except Exception as error:  # a kernel may raise anything
+        print(f"{kernel.id}: its search found nothing for {problem.id}: {error}", file=sys.stderr)
+        return []
 
 
 def main() -> None:

@@ -18,8 +18,21 @@ def _params(*sets: tuple[int, int, int, int]) -> tuple[Params, ...]:
 PARAMS: tuple[Params, ...] = _params((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3))
 """Query rows and keys of a block, warps, blocks of keys that are on their way."""
 
+_FEWEST_ROWS = 32
+
 SCALAR_PARAMS: tuple[Params, ...] = _params((64, 32, 4, 2), (32, 32, 4, 2))
 """Those for calls that are not aligned: element by element, larger blocks take more registers than there are."""
+
+
+def objection(d: int) -> str | None:
+    """Why there is no program for heads of d elements, or None."""
+    return None if d in HEAD_SIZES else f"takes heads of {' or '.join(map(str, HEAD_SIZES))} elements, not {d}"
+
+
+def unsuited(params: Params, rows: int) -> str | None:
+    """Why a parameter set can't be meant for so many query rows, though it would be right, or None."""
+    bm = dict(params)["bm"]
+    return None if 2 * rows > bm or bm == _FEWEST_ROWS else f"most of a block of {bm} rows would be idle"
 
 
 def prefill(dtype: str, causal: bool, d: int, params: Params, align: int) -> tuple[Program, ...]:

@@ -6,6 +6,7 @@ has the fast path (``native/gpu_kernel.hpp``), else in Python. Both launch throu
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ class Source:
 
     Attributes:
         kind: ``input`` or ``buffer``, whose address; ``size`` or ``stride`` of an input, in elements; ``rows`` of
-            an input, its elements over those of its last dim; ``number``, an input that is one.
+            an input, its elements over those of its last dim; ``number``, an input that is one;
+            ``buffer_stride``, in elements; ``constant``, the same in every call.
         index: of the input or buffer.
-        dim: of ``size`` and ``stride``; negative ones count from the last.
-        default: of a ``number`` that is None in a call.
+        dim: of sizes and strides; negative ones count from the last.
+        default: of a ``number`` that is None in a call; the ``constant``.
     """
 
     kind: str
@@ -38,7 +40,7 @@ class Source:
     default: float = 0.0
 
 
-KINDS = ("input", "buffer", "size", "stride", "rows", "number")
+KINDS = ("input", "buffer", "size", "stride", "rows", "number", "buffer_stride", "constant")
 """In the order of ``enum Kind`` of ``native/gpu_kernel.hpp``."""
 
 
@@ -58,8 +60,13 @@ def size(index: int, dim: int) -> Source:
 
 
 def stride(index: int, dim: int) -> Source:
-    """Of an input, in elements."""
+    """Of an input, in elements; 0 where the dim has one element: whatever a tensor says there means nothing."""
     return Source("stride", index, dim)
+
+
+def buffer_stride(index: int, dim: int) -> Source:
+    """The same of a buffer."""
+    return Source("buffer_stride", index, dim)
 
 
 def rows(index: int) -> Source:
@@ -78,7 +85,7 @@ Value = Source | torch.Tensor | int | float
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory that a call allocates, contiguous, on its first input's device.
+    """Memory that a call allocates, in one piece, on its first input's device.
 
     Attributes:
         like: the input that has its leading dims.
@@ -87,6 +94,7 @@ class Buffer:
         dtype: name of its elements' dtype, as torch has it; the input's where empty.
         returned: whether it is an output; else it is free again when the call has been launched, which is safe,
             since what uses the memory next runs on the same stream.
+        swapped: whether its dims 1 and 2 lie in memory the other way round; else it is contiguous.
     """
 
     like: int = 0
@@ -94,10 +102,39 @@ class Buffer:
     dtype: str = ""
     returned: bool = True
     leading: bool = True
+    swapped: bool = False
 
 
 Steps = tuple[tuple[Program, Mapping[str, Value]], ...]
 """What is launched, in order, and the values of the arguments by their names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A C function of a library that launches by itself, after the programs of a recipe.
+
+    It is ``int run(const void* constant, const int64_t* values)``: 0, or a code that ``settle`` knows. The values
+    are those named here, then address and bytes of its workspace, the stream's handle and the device's number.
+    ``int64_t workspace(constant, values)`` is asked before anything is launched: bytes, or minus a code.
+
+    Attributes:
+        run, workspace: their addresses.
+        constant: the address of what stays the same from call to call.
+        values: an address, or a whole number.
+        settle: raises what a code means. 1 is a call outside of the alignment class: nothing was launched.
+        keep: what must live as long: tensors and libraries that addresses point to.
+    """
+
+    run: int
+    workspace: int
+    constant: int
+    values: tuple[Source | int, ...]
+    settle: Callable[[int], None]
+    keep: object = None
+
+
+MISALIGNED = 1
+"""The code of a ``Function`` outside of its alignment class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +146,15 @@ class Recipe:
             where it must be None.
         steps: what is launched.
         buffers: in the order in which outputs are returned.
+        most: numbers of the inputs, and what each may be at most for the programs to be right.
+        function: what is launched last.
     """
 
     inputs: tuple[str, ...]
     steps: Steps
     buffers: tuple[Buffer, ...]
+    most: tuple[tuple[Source, int], ...] = ()
+    function: Function | None = None
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -121,34 +162,42 @@ class Recipe:
         return tuple(program for program, _ in self.steps)
 
 
-def bound(recipe: Recipe, otherwise: Recipe | None = None, device: torch.device | str = "cuda") -> Launch:
+DEVICE = "cuda"
+"""Kind of device that tensors must lie on."""
+
+
+def bound(recipe: Recipe, *otherwise: Recipe, device: torch.device | str | None = None) -> Launch:
     """run(*inputs) -> the outputs, enqueued on the inputs' device's current stream.
 
     The code is loaded here, so that no request waits for that: onto ``device``, and onto another of its kind with
     the first call there.
 
     Args:
-        otherwise: what is launched instead where a call is outside the programs' alignment class.
-        device: the current one of its kind, where it has no number. All tensors of a call must lie on one device of
-            this kind.
+        otherwise: of the same inputs and outputs; the first of them that can is launched where a call is outside
+            the alignment class of the recipe's programs, or beyond what they take at most.
+        device: the current one of its kind, where it has no number; ``DEVICE`` where None. All tensors of a call
+            must lie on one device of this kind.
 
     Raises:
         Missing: a program has no compiled form here.
         Declined, ContextLost, LaunchFailed: the code can't be loaded; see ``launch.Library.settle``.
     """
-    device = torch.device(device)
-    second = None if otherwise is None else bound(otherwise, None, device)
+    device = torch.device(device or DEVICE)
+    second = bound(*otherwise, device=device) if otherwise else None
     plan, sources = planned(recipe)
-    if device.type == "cuda":
+    if device.type == "cuda" and plan is not None:
         plan.load(torch.cuda.current_device() if device.index is None else device.index)
-    if native.module is not None and plan.steps is not None:
+    if native.module is not None and (plan is None or plan.steps is not None):
         made: Launch = _native(recipe, sources, plan, second, device.type)
         return made
     return _Python(recipe, sources, plan, second, device.type)
 
 
-def planned(recipe: Recipe) -> tuple[Plan, tuple[Source, ...]]:
-    """The plan of a recipe, and where each of the numbers that it must be told comes from. Raises Missing."""
+def planned(recipe: Recipe) -> tuple[Plan | None, tuple[Source, ...]]:
+    """The plan of a recipe's programs, and where each of the numbers that it must be told comes from. Raises
+    Missing."""
+    if not recipe.steps:
+        return None, ()
     named: dict[str, Source] = {}
     steps = []
     for program, values in recipe.steps:
@@ -182,35 +231,70 @@ class _Python:
         self,
         recipe: Recipe,
         sources: tuple[Source, ...],
-        plan: Plan,
+        plan: Plan | None,
         second: Launch | None,
         device: str,
     ) -> None:
-        self._recipe, self._sources, self._plan = recipe, sources, plan
+        self._recipe, self._plan = recipe, plan
         self._second, self._device = second, device
-        self._reads = tuple(_READERS[source.kind] for source in sources)
+        self._most = tuple((_READERS[source.kind], source, most) for source, most in recipe.most)
+        self._sources, self._values = sources, _sources(recipe.function)
+        if recipe.function is not None:
+            self._run = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, _POINTER)(recipe.function.run)
+            self._needs = ctypes.CFUNCTYPE(ctypes.c_int64, _POINTER, _POINTER)(recipe.function.workspace)
 
     def __call__(self, *inputs: Any) -> Output:
         inputs += (None,) * (len(self._recipe.inputs) - len(inputs))
-        device = self._checked(inputs)
+        self._check(inputs)
+        for read, source, most in self._most:
+            if read(source, inputs, ()) > most:
+                if self._second is None:
+                    raise Declined(f"a {source.kind} above {most}, which is the most that the programs take")
+                return self._second(*inputs)
         buffers = [_made(each, inputs) for each in self._recipe.buffers]
-        values = [read(source, inputs, buffers) for read, source in zip(self._reads, self._sources, strict=True)]
-        index = device.index or 0
-        scratch, room = (0, 0), None
-        if self._plan.scratches and (needed := self._plan.scratch_bytes(*values, device=index)):
-            room = torch.empty(needed, dtype=torch.uint8, device=device)
-            scratch = (room.data_ptr(), needed)
+        function = self._recipe.function
         try:
-            self._plan(*values, device=index, stream=current_stream(device), scratch=scratch)
+            # What may refuse the call is asked before anything is launched.
+            ready = None if function is None else self._ready(function, inputs, buffers)
+            if self._plan is not None:
+                self._launch(self._plan, inputs, buffers)
         except Misaligned:
             if self._second is None:
                 raise
             return self._second(*inputs)
+        if function is not None and ready is not None:
+            function.settle(self._run(function.constant, ready[0]))
         outputs = tuple(t for t, each in zip(buffers, self._recipe.buffers, strict=True) if each.returned)
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def _checked(self, inputs: Sequence[Any]) -> torch.device:
-        """The device of the tensors. Raises Declined where they are not what the recipe takes."""
+    def _launch(self, plan: Plan, inputs: Sequence[Any], buffers: Sequence[torch.Tensor]) -> None:
+        device = inputs[0].device
+        values = [_READERS[source.kind](source, inputs, buffers) for source in self._sources]
+        index = device.index or 0
+        scratch, room = (0, 0), None
+        if plan.scratches and (needed := plan.scratch_bytes(*values, device=index)):
+            room = torch.empty(needed, dtype=torch.uint8, device=device)
+            scratch = (room.data_ptr(), needed)
+        plan(*values, device=index, stream=current_stream(device), scratch=scratch)
+
+    def _ready(
+        self, function: Function, inputs: Sequence[Any], buffers: Sequence[torch.Tensor]
+    ) -> tuple[ctypes.Array[ctypes.c_int64], torch.Tensor | None]:
+        """Its values, and the workspace that they point to."""
+        device = inputs[0].device
+        found = (_READERS[source.kind](source, inputs, buffers) for source in self._values)
+        values = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in found]
+        own = (ctypes.c_int64 * (len(values) + 4))(*values, 0, 0, current_stream(device), device.index or 0)
+        needed = self._needs(function.constant, own)
+        if needed < 0:
+            function.settle(-needed)
+        room = torch.empty(needed, dtype=torch.uint8, device=device) if needed > 0 else None
+        if room is not None:
+            own[len(values)], own[len(values) + 1] = room.data_ptr(), needed
+        return own, room
+
+    def _check(self, inputs: Sequence[Any]) -> None:
+        """Raises Declined where they are not what the recipe takes, or not on one device."""
         device: torch.device | None = getattr(inputs[0], "device", None)
         for position, (kind, value) in enumerate(zip(self._recipe.inputs, inputs, strict=True)):
             if kind == "number" or (kind == "none" and value is None):
@@ -219,19 +303,37 @@ class _Python:
             strided = fits and value.layout is torch.strided
             if not strided or device is None or value.device != device or device.type != self._device:
                 raise Declined(f"argument {position}: of another dtype, or not on the first one's device")
-        assert device is not None  # the first input is a tensor
-        return device
+
+
+def _sources(function: Function | None) -> tuple[Source, ...]:
+    """Of each of its values."""
+    values = () if function is None else function.values
+    return tuple(each if isinstance(each, Source) else Source("constant", 0, 0, _exact(each)) for each in values)
+
+
+def _exact(value: int) -> float:
+    if int(float(value)) != value:
+        raise ValueError(f"found {value}, expected a whole number that a double holds; addresses are constants")
+    return float(value)
 
 
 def _made(each: Buffer, inputs: Sequence[Any]) -> torch.Tensor:
     like: torch.Tensor = inputs[each.like]
     leading = like.shape[:-1] if each.leading else ()
-    shape = like.shape if each.last is None else (*leading, *([each.last] if each.last else []))
-    return like.new_empty(tuple(shape), dtype=getattr(torch, each.dtype) if each.dtype else like.dtype)
+    shape = [*like.shape] if each.last is None else [*leading, *([each.last] if each.last else [])]
+    swaps = each.swapped and len(shape) > 2
+    if swaps:
+        shape[1], shape[2] = shape[2], shape[1]
+    made = like.new_empty(shape, dtype=getattr(torch, each.dtype) if each.dtype else like.dtype)
+    return made.transpose(1, 2) if swaps else made
 
 
 def _rows(t: torch.Tensor) -> int:
     return math.prod(t.shape[:-1])
+
+
+def _stride(t: torch.Tensor, dim: int) -> int:
+    return t.stride(dim) if t.shape[dim] != 1 else 0
 
 
 _Read = Callable[[Source, Sequence[Any], Sequence[torch.Tensor]], Any]
@@ -239,10 +341,13 @@ _READERS: Mapping[str, _Read] = {
     "input": lambda source, inputs, _: inputs[source.index],
     "buffer": lambda source, _, buffers: buffers[source.index],
     "size": lambda source, inputs, _: inputs[source.index].shape[source.dim],
-    "stride": lambda source, inputs, _: inputs[source.index].stride(source.dim),
+    "stride": lambda source, inputs, _: _stride(inputs[source.index], source.dim),
     "rows": lambda source, inputs, _: _rows(inputs[source.index]),
     "number": lambda source, inputs, _: source.default if inputs[source.index] is None else inputs[source.index],
+    "buffer_stride": lambda source, _, buffers: _stride(buffers[source.index], source.dim),
+    "constant": lambda source, *_: int(source.default),
 }
+_POINTER = ctypes.c_void_p
 
 _DEVICES = {"cpu": 1, "cuda": 2}
 _CODES = {
@@ -256,17 +361,16 @@ _CODES = {
 def _native(
     recipe: Recipe,
     sources: tuple[Source, ...],
-    plan: Plan,
+    plan: Plan | None,
     second: Launch | None,
     device: str,
 ) -> Any:
-    assert native.module is not None and plan.steps is not None
-    launch, scratch = plan.functions
+    assert native.module is not None
     inputs = tuple(_CODES[kind] for kind in recipe.inputs)
-    slots = tuple(
-        (KINDS.index(source.kind), source.index, source.dim, source.default, real)
-        for source, real in zip(sources, plan.floats, strict=True)
-    )
+    own_sources = _sources(recipe.function)
+    floats = (*(() if plan is None else plan.floats), *(False for _ in own_sources))
+    slots = tuple(_slot(*each) for each in zip((*sources, *own_sources), floats, strict=True))
+    most = tuple((_slot(source, False), number) for source, number in recipe.most)
     buffers = tuple(
         (
             each.like,
@@ -274,11 +378,26 @@ def _native(
             getattr(torch, each.dtype) if each.dtype else None,
             each.returned,
             each.leading,
+            each.swapped,
         )
         for each in recipe.buffers
     )
-    program = (launch, scratch if plan.scratches else 0, *plan.steps)
-    return native.module.GpuKernel(_DEVICES[device], inputs, slots, buffers, program, second, plan.settle, plan)
+    program: tuple[int, ...] = (0, 0, 0, 0)
+    settle = function = None
+    if plan is not None and plan.steps is not None:
+        launch, scratch = plan.functions
+        program = (launch, scratch if plan.scratches else 0, *plan.steps)
+        settle = plan.settle
+    if (own := recipe.function) is not None:
+        function = (own.run, own.workspace, own.constant, len(own.values), own.settle)
+    keep = (plan, own)
+    return native.module.GpuKernel(
+        _DEVICES[device], inputs, slots, buffers, most, program, function, second, settle, keep
+    )
+
+
+def _slot(source: Source, real: bool) -> tuple[int, int, int, float, bool]:
+    return KINDS.index(source.kind), source.index, source.dim, source.default, real
 
 
 def steps(programs: Sequence[Program], values: Mapping[str, Value]) -> Steps:

@@ -15,6 +15,12 @@ PARAMS: tuple[Params, ...] = tuple(
 """Columns of a block, warps, blocks that are loaded ahead."""
 
 
+def unsuited(params: Params, n: int) -> str | None:
+    """Why a parameter set can't be meant for rows of n elements, though it would be right, or None."""
+    block = dict(params)["block"]
+    return None if 2 * n > block or block == 1024 else f"most of a block of {block} would be idle"
+
+
 def cross_entropy(dtype: str, params: Params, align: int) -> tuple[Program, ...]:
     """logits (m, n), targets (m,) int64, ignored -> losses (m,) of logits' dtype.
 

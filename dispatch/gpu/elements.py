@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dks.dispatch.gpu.program import Argument
 from dks.dispatch.kernel import Params
+from dks.dispatch.problem import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,13 @@ def element_of(dtype: str) -> Element:
     return ELEMENTS[dtype]
 
 
+EXACTNESS: Mapping[str, Precision] = {
+    "float32": Precision.EXACT,
+    "bfloat16": Precision.BF16,
+    "float16": Precision.BF16,
+}
+"""Of arithmetic in float32."""
+
 SWEPT = ("bfloat16",)
 """The dtypes that a sweep compiles unless it is asked for others."""
 
@@ -57,6 +65,11 @@ SWEPT = ("bfloat16",)
 def aligns(dtype: str) -> tuple[int, int]:
     """The alignment classes that are compiled, in bytes: whole vectors, and nothing but elements."""
     return 16, ELEMENTS[dtype].size
+
+
+def class_of(dtype: str, align: int) -> int:
+    """An alignment class in bytes; where ``align`` is 0 that of nothing but elements."""
+    return align or element_of(dtype).size
 
 
 def counts(*names: str) -> tuple[Argument, ...]:

@@ -1,13 +1,18 @@
-"""Launching what the cache of compiled programs has: for measuring, not for serving."""
+"""Launching what the cache of compiled kernels has: for measuring, not for serving."""
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from dks.dispatch.gpu import compile as compiling
 from dks.dispatch.gpu import embed, limits
+from dks.dispatch.gpu.cublaslt import build as cublaslt_build
+from dks.dispatch.gpu.cutlass import build as cutlass_build
+from dks.dispatch.gpu.cutlass import library as cutlass_library
+from dks.dispatch.gpu.cutlass.configuration import Configuration
 from dks.dispatch.gpu.launch import Kernel, Library, Plan, Step
 from dks.dispatch.gpu.library import Locate, Steps, Unsuited
 from dks.dispatch.gpu.program import Program
@@ -56,5 +61,23 @@ def locate(device: int) -> Locate:
 
     def found(steps: Steps) -> Plan:
         return Plan(library(), [Step(kernel(program), bound) for program, bound in steps])
+
+    return found
+
+
+def locate_cublaslt() -> Path:
+    """The library that opens cuBLASLt, compiled once. Raises Missing."""
+    path, why = cublaslt_build.cached()
+    if path is None:
+        raise Missing(f"cuBLASLt: {why}")
+    return path
+
+
+def locate_cutlass(device: int) -> cutlass_library.Locate:
+    """How to find CUTLASS kernels for a device of this capability."""
+
+    def found(configuration: Configuration) -> cutlass_library.Kernel:
+        compiled = configuration.on(device)
+        return cutlass_library.load(cutlass_build.locate(compiled), compiled)
 
     return found

@@ -31,6 +31,18 @@ SCALAR_PARAMS: tuple[Params, ...] = tuple(params for params in PARAMS if dict(pa
 """Those for calls that are not aligned: single elements are loaded without a pipeline, into registers."""
 
 
+def objection(d: int) -> str | None:
+    """Why there is no program for heads of d elements, or None."""
+    return None if d in HEAD_SIZES else f"takes heads of {' or '.join(map(str, HEAD_SIZES))} elements, not {d}"
+
+
+def unsuited(params: Params, kv: int) -> str | None:
+    """Why a parameter set can't be meant for sequences of kv keys, though it would be right, or None."""
+    p = dict(params)
+    blocks = -(-kv // p["bn"])
+    return None if p["splits"] <= blocks else f"{blocks} blocks of keys leave some of {p['splits']} splits idle"
+
+
 def decode(dtype: str, d: int, page: int, groups: int, params: Params, align: int) -> tuple[Program, ...]:
     """q (b, h, d), k and v (pages, page, hkv, d), block_table (b, max_pages) and lengths (b,) int32 -> y (b, h, d).
 

@@ -14,6 +14,12 @@ PARAMS: tuple[Params, ...] = tuple(
 """Heads of a program, warps: with heads of 64, 16 bytes of q a thread."""
 
 
+def unsuited(params: Params, h: int) -> str | None:
+    """Why a parameter set can't be meant for h heads, though it would be right, or None."""
+    heads = dict(params)["heads"]
+    return None if 2 * h > heads or heads == 8 else f"most of a block of {heads} heads would be idle"
+
+
 def rotary(dtype: str, cache: str, d: int, params: Params, align: int) -> tuple[Program, ...]:
     """q (tokens, h, d), k (tokens, hkv, d), cos and sin (positions, d / 2), positions (tokens,) int64
     -> q_out, k_out, contiguous.
@@ -42,7 +48,7 @@ def rotary(dtype: str, cache: str, d: int, params: Params, align: int) -> tuple[
                 *map(table.pointer, ("cos", "sin")),
                 Argument("positions", "*i64"),
                 *map(element.pointer, ("q_out", "k_out")),
-                *counts("tokens", "h", "hkv"),
+                *counts("tokens", "h", "hkv", "rows"),
                 *map(element.step, ("q_token", "q_head", "k_token", "k_head")),
                 table.step("cache_stride"),
             ),

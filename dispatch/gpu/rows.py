@@ -31,6 +31,9 @@ PARAMS: tuple[Params, ...] = _params(
 )
 """Columns of a block, rows of a program, whether it loops over blocks (else n is at most one), warps."""
 
+LOOP: Params = PARAMS[-2]
+"""The parameters of a program that takes rows of any width."""
+
 SILU_PARAMS: tuple[Params, ...] = tuple(
     (("block", block), ("rows", rows), ("warps", warps))
     for block, rows, warps in ((512, 4, 4), (1024, 1, 4), (2048, 1, 4), (4096, 1, 8))
@@ -52,6 +55,17 @@ def unsuited(params: Params, n: int) -> str | None:
     if p["loop"]:
         return None if n > p["block"] else f"a row of {n} elements needs no loop"
     return None if 2 * n > p["block"] or p["block"] == 128 else f"most of a block of {p['block']} would be idle"
+
+
+def suits(params: Params, n: int) -> str | None:
+    """Why a parameter set is not measured on rows of n elements, or None."""
+    return objection(params, n) or unsuited(params, n)
+
+
+def expect_room(params: Params, n: int) -> None:
+    """Raises ValueError where a parameter set can't take rows of n elements."""
+    if why := objection(params, n):
+        raise ValueError(f"params: found {dict(params)}, which {why}")
 
 
 def rms_norm(dtype: str, weight: bool, residual: bool, params: Params, align: int) -> tuple[Program, ...]:
@@ -103,6 +117,12 @@ def softmax(dtype: str, params: Params, align: int) -> tuple[Program, ...]:
     pointers, steps = map(element.pointer, ("x", "y")), map(element.step, ("n", "x_stride"))
     name = symbol("softmax", element.name, params=params, align=align)
     return (_program("softmax", name, (*pointers, *counts("m"), *steps), (), params, align),)
+
+
+def silu_unsuited(params: Params, n: int) -> str | None:
+    """Why a parameter set of ``SILU_PARAMS`` can't be meant for rows of n elements, or None."""
+    block = dict(params)["block"]
+    return None if 2 * n > block or block == 512 else f"most of a block of {block} would be idle"
 
 
 def silu_and_mul(dtype: str, params: Params, align: int) -> tuple[Program, ...]:

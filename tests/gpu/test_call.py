@@ -11,7 +11,7 @@ import torch
 
 from dks.dispatch import native
 from dks.dispatch.gpu import call, library
-from dks.dispatch.gpu.call import Buffer, Recipe, buffer, given, number, rows, size, stride
+from dks.dispatch.gpu.call import Buffer, Recipe, buffer, buffer_stride, given, number, rows, size, stride
 from dks.dispatch.gpu.launch import ContextLost, LaunchFailed, Misaligned, Plan, Step
 from dks.dispatch.gpu.library import Steps
 from dks.dispatch.gpu.program import Argument, Program
@@ -36,11 +36,11 @@ Bind = Callable[..., Any]
 
 @pytest.fixture
 def bind(request: pytest.FixtureRequest, opened: Open, monkeypatch: pytest.MonkeyPatch) -> Bind:
-    """bind(recipe, otherwise, **changes of the compiled program) -> the launch, on the fake driver."""
+    """bind(recipe, *otherwise, **changes of the compiled program) -> the launch, on the fake driver."""
     if not request.param:
         monkeypatch.setattr(native, "module", None)
 
-    def made_here(recipe: Recipe = RECIPE, otherwise: Recipe | None = None, **changes: Any) -> Any:
+    def made_here(recipe: Recipe = RECIPE, *otherwise: Recipe, **changes: Any) -> Any:
         launcher = opened()
 
         def locate(steps: Steps) -> Plan:
@@ -51,7 +51,7 @@ def bind(request: pytest.FixtureRequest, opened: Open, monkeypatch: pytest.Monke
             return Plan(launcher, found)
 
         monkeypatch.setattr(library, "_locate", locate)
-        return call.bound(recipe, otherwise, device="cpu")
+        return call.bound(recipe, *otherwise, device="cpu")
 
     return made_here
 
@@ -82,6 +82,16 @@ def test_numbers_come_from_where_the_recipe_says(bind: Bind, fake: Fake) -> None
 
 
 @pytest.mark.parametrize("bind", FORMS, indirect=True)
+def test_whole_numbers_are_passed_to_the_last_digit(bind: Bind, fake: Fake) -> None:
+    arguments = (Argument("x", "*bf16", 1), Argument("ignored", "i64"))
+    program = Program("f", "none.py", "f", arguments, (), 16, 4, 1, ((("", 1),), (), ()))
+    run = bind(Recipe(RECIPE.inputs, ((program, {"x": given(0), "ignored": number(1, -100)}),), RECIPE.buffers))
+    for given_number in (2**60 + 1, -(2**60) - 1, None):
+        run(tensor(40), given_number)
+    assert [numbers[10] for _, numbers in fake.calls("launch")] == [2**60 + 1, -(2**60) - 1, -100]
+
+
+@pytest.mark.parametrize("bind", FORMS, indirect=True)
 def test_outputs_have_the_shapes_that_the_recipe_says_and_constants_are_held(bind: Bind, fake: Fake) -> None:
     weight = tensor(24)
     values = {**VALUES, "x": weight, "y": buffer(2), "n": 24, "stride": 24, "scale": 1.5}
@@ -108,6 +118,47 @@ def test_what_is_misaligned_takes_the_other_programs(bind: Bind, fake: Fake) -> 
     with pytest.raises(Misaligned):
         bind(RECIPE)(tensor(2, 40, offset=3))
     assert len(fake.calls("launch")) == 3
+
+
+@pytest.mark.parametrize("bind", FORMS, indirect=True)
+def test_what_is_too_large_takes_the_first_of_the_others_that_can(bind: Bind, fake: Fake) -> None:
+    def program(name: str, align: int) -> Program:
+        return Program(name, "none.py", name, ARGUMENTS, (), align, 4, 1, PROGRAM.grid)
+
+    small = (size(0, -1), 40), (rows(0), 3)
+    first, *others = (
+        Recipe(RECIPE.inputs, ((program(name, align), VALUES),), RECIPE.buffers, most)
+        for name, align, most in (("f", 16, small), ("g", 2, small), ("h", 16, ()), ("i", 2, ()))
+    )
+    run = bind(first, *others)
+    for x in (tensor(3, 40), tensor(3, 39), tensor(3, 48), tensor(4, 40), tensor(4, 40, offset=3)):
+        y = run(x)
+        assert y.shape == x.shape
+    assert [name[0] for name, _ in fake.calls("launch")] == ["f", "g", "h", "h", "i"]
+    with pytest.raises(Declined, match="a size above 40, which is the most that the programs take"):
+        bind(first)(tensor(3, 48))
+    with pytest.raises(Declined, match="a rows above 3"):
+        bind(first)(tensor(4, 40))
+    assert len(fake.calls("launch")) == 5
+
+
+@pytest.mark.parametrize("bind", FORMS, indirect=True)
+def test_strides_are_those_of_inputs_and_buffers_and_nothing_where_there_is_one_element(
+    bind: Bind, fake: Fake
+) -> None:
+    def strided(source: Any) -> Any:
+        values = {**VALUES, "m": stride(0, 1), "n": buffer_stride(0, 1), "stride": source, "scale": 1.0}
+        return bind(Recipe(("bfloat16",), ((PROGRAM, values),), (Buffer(swapped=True),)))
+
+    x = tensor(2, 3, 5, 16)
+    y = strided(buffer_stride(0, 2))(x)
+    assert y.shape == x.shape and y.stride() == (240, 16, 48, 1)
+    one = x[:, :, :1]
+    for source in (buffer_stride(0, 2), stride(0, 2), stride(0, 0)):
+        strided(source)(one)
+    assert [numbers[11:14] for _, numbers in fake.calls("launch")] == [
+        [80, 16, 48], [80, 16, 0], [80, 16, 0], [80, 16, 240],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("bind", FORMS, indirect=True)

@@ -1,7 +1,6 @@
 """Linear's Triton programs, interpreted, against float64: matrix products in tiles and with few rows.
 
-Not to be seen here: rounding to bf16 (the interpreter truncates), tensor cores' own arithmetic, and whatever
-depends on threads.
+Not to be seen here: tensor cores' own arithmetic, and whatever depends on threads.
 """
 
 from __future__ import annotations

@@ -2,47 +2,258 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from dks.dispatch import pool
-from dks.dispatch.gpu import library
-from dks.dispatch.kernel import Kernel, relative_error, source_digest
-from dks.dispatch.problem import Problem
+from dks.dispatch import native, pool
+from dks.dispatch.gpu import call, launch, library, rows
+from dks.dispatch.gpu.library import Steps
+from dks.dispatch.kernel import Inputs, Kernel, Params, relative_error, source_digest
+from dks.dispatch.problem import Candidate, Problem
+from dks.profiler.check import Checker
+from tests.gpu.conftest import Fake, Open
+from tests.gpu.cubins import made
+from tests.gpu.interpreted import SOAK
 from tests.gpu.interpreting import Plan
 
-LINEAR = [kernel for kernel in pool.kernels_for("linear", "cuda") if kernel.programs]
+KERNELS = [kernel for kernel in pool.kernels().values() if kernel.programs is not None and not kernel.configuration]
+
+
+def of(op: str) -> Any:
+    """A test for each kernel of an operator."""
+    found = [kernel for kernel in KERNELS if kernel.op == op]
+    assert found
+    return pytest.mark.parametrize("kernel", found, ids=lambda kernel: kernel.id)
 
 
 @pytest.fixture(autouse=True)
 def interpreting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(library, "_locate", Plan)
+    monkeypatch.setattr(call, "DEVICE", "cpu")
     yield
+
+
+def problem_of(kernel: Kernel, dims: dict[str, int], **traits: str) -> Problem:
+    """In the kernel's own alignment class."""
+    traits = {"dtype": "bfloat16", **traits}
+    return Problem.of(kernel.op, traits, dims, kernel.alignment_for(traits["dtype"]))
+
+
+def drawn(problem: Problem) -> Inputs:
+    return pool.operator(problem.op).make_inputs(problem, torch.Generator().manual_seed(3), "normal")
+
+
+def check_call(kernel: Kernel, problem: Problem, params: Params, inputs: Inputs) -> Any:
+    """One call against the reference; returns its output."""
+    expected = pool.operator(problem.op).reference(problem, inputs)
+    y = kernel.bind(problem, params, *inputs.static)(*inputs.dynamic)
+    assert relative_error(y, expected) < kernel.precision[problem.trait("dtype")].limit, (kernel.id, params)
+    return y
 
 
 def check(kernel: Kernel, problem: Problem, step: int = 1) -> int:
     """Run some of its parameter sets; how many were meant for the problem."""
-    operator, ran = pool.operator(problem.op), 0
     assert kernel.objection(problem) is None
-    inputs = operator.make_inputs(problem, torch.Generator().manual_seed(3), "normal")
-    expected = operator.reference(problem, inputs)
-    limit = kernel.precision[problem.trait("dtype")].limit
-    for params in kernel.params[::step]:
-        run = kernel.bind(problem, params, *inputs.static)
-        assert relative_error(run(*inputs.dynamic), expected) < limit, (kernel.id, params)
-        ran += 1
-    return ran
+    inputs = drawn(problem)
+    meant = [params for params in kernel.params if kernel.suits(problem, params) is None]
+    for params in meant[::step]:
+        check_call(kernel, problem, params, inputs)
+    return len(meant)
 
 
-@pytest.mark.parametrize("kernel", LINEAR, ids=lambda kernel: kernel.id)
+@of("linear")
 def test_linear(kernel: Kernel) -> None:
-    align = kernel.alignment_for("bfloat16")
-    n, k = (24, 80) if align == 16 else (23, 75)
+    n, k = (24, 80) if kernel.align else (23, 75)
     for m, epilogue, bias in ((3, "add", "no"), (19, "silu", "yes")):
-        traits = {"dtype": "bfloat16", "bias": bias, "epilogue": epilogue}
-        assert check(kernel, Problem.of("linear", traits, {"m": m, "n": n, "k": k}, align), step=6)
+        problem = problem_of(kernel, {"m": m, "n": n, "k": k}, bias=bias, epilogue=epilogue)
+        inputs = drawn(problem)
+        for params in kernel.params[::6]:
+            check_call(kernel, problem, params, inputs)
+
+
+@of("rms_norm")
+def test_rms_norm(kernel: Kernel) -> None:
+    for n, affine, residual, dtype in (
+        (96, "yes", "yes", "bfloat16"),
+        (640, "no", "no", "float32"),
+        (8200, "yes", "no", "bfloat16"),
+        (8200, "no", "yes", "float32"),
+    ):
+        width = n if kernel.align else n - 3
+        problem = problem_of(kernel, {"m": 5, "n": width}, affine=affine, residual=residual, dtype=dtype)
+        assert check(kernel, problem)
+
+
+@of("layer_norm")
+def test_layer_norm(kernel: Kernel) -> None:
+    for n, affine, dtype in ((96, "yes", "bfloat16"), (640, "no", "float32"), (8200, "yes", "float32")):
+        width = n if kernel.align else n - 3
+        assert check(kernel, problem_of(kernel, {"m": 5, "n": width}, affine=affine, dtype=dtype))
+
+
+@of("rms_norm")
+def test_a_row_wider_than_the_block_is_refused_when_bound(kernel: Kernel) -> None:
+    problem = problem_of(kernel, {"m": 5, "n": 1024}, affine="no", residual="no")
+    with pytest.raises(ValueError, match="holds a row of at most 512 elements, not 1024"):
+        kernel.bind(problem, rows.PARAMS[1], None, 1e-5)
+
+
+@of("softmax")
+def test_softmax(kernel: Kernel) -> None:
+    for n, dtype in ((40, "bfloat16"), (523, "float32"), (8192, "bfloat16")):
+        assert check(kernel, problem_of(kernel, {"m": 5, "n": n}, dtype=dtype))
+
+
+@of("softmax")
+def test_softmax_takes_rows_of_any_width_at_any_address(kernel: Kernel) -> None:
+    params = kernel.params[0]  # whose block holds 128
+    run = kernel.bind(problem_of(kernel, {"m": 1, "n": 1}), params)
+    wide = torch.randn(3 * 5000 + 8).bfloat16()
+    for n in (1, 8, 127, 128, 129, 136, 4096, 5000):
+        for shape in ((3, n), (n,), (1, 2, n)):
+            for offset in (0, 1):
+                x = wide[offset:][: torch.Size(shape).numel()].view(shape)
+                assert relative_error(run(x), torch.softmax(x.double(), -1)) < 1e-2, (shape, offset)
+
+
+def heads(problem: Problem, gap: int) -> Inputs:
+    """q, k and v of an attention problem ``gap`` elements further apart in each dim than they would have to be."""
+    *tensors, mask, scale = drawn(problem).dynamic
+
+    def apart(t: torch.Tensor) -> torch.Tensor:
+        one, two = (1, 2) if problem.trait("layout") == "bhsd" else (2, 1)
+        b, d = t.shape[0], t.shape[3]
+        made = torch.full((b, t.shape[one] + 1, t.shape[two] + 1, d + gap), torch.nan, dtype=t.dtype)
+        view = made[:, 1:, 1:, :d]
+        view = view if one == 1 else view.transpose(1, 2)
+        return view.copy_(t)
+
+    return Inputs((), (*map(apart, tensors), mask, scale))
+
+
+ATTENTIONS = (
+    {"b": 2, "q": 19, "kv": 37, "h": 4, "hkv": 2, "d": 64},
+    {"b": 1, "q": 37, "kv": 19, "h": 2, "hkv": 2, "d": 128},
+    {"b": 3, "q": 1, "kv": 70, "h": 2, "hkv": 1, "d": 64},
+)
+
+
+@of("attention")
+@pytest.mark.parametrize("dims", ATTENTIONS, ids=lambda dims: f"q{dims['q']}")
+def test_attention(kernel: Kernel, dims: dict[str, int]) -> None:
+    odd = not kernel.align
+    for layout, causal, dtype in (("bshd", "yes", "bfloat16"), ("bhsd", "no", "float32")):
+        problem = problem_of(kernel, dims, mask="none", causal=causal, layout=layout, dtype=dtype)
+        assert check(kernel, problem, step=2)
+        params = kernel.params[-1]
+        y = check_call(kernel, problem, params, heads(problem, 3 if odd else 8))
+        rows_of_y = y.transpose(1, 2) if layout == "bshd" else y
+        assert rows_of_y.is_contiguous()
+        q, k, v, mask, _ = drawn(problem).dynamic
+        run = kernel.bind(problem, params)
+        assert torch.equal(run(q, k, v, mask, None), run(q, k, v, mask, dims["d"] ** -0.5))
+
+
+@of("attention")
+def test_attention_of_what_there_is_no_program_for(kernel: Kernel) -> None:
+    traits = {"causal": "no", "layout": "bhsd"}
+    assert kernel.objection(problem_of(kernel, ATTENTIONS[0], mask="bool", **traits)) == "takes no mask"
+    problem = problem_of(kernel, {**ATTENTIONS[0], "d": 80}, mask="none", **traits)
+    assert kernel.objection(problem) == "takes heads of 64 or 128 elements, not 80"
+
+
+@of("attention")
+def test_attention_of_one_sequence_whose_strides_mean_nothing(kernel: Kernel) -> None:
+    """As a slice of a packed projection has them: no sequence and no row follows."""
+    problem = problem_of(
+        kernel, {"b": 1, "q": 1, "kv": 9, "h": 2, "hkv": 2, "d": 64}, mask="none", causal="no", layout="bhsd"
+    )
+    q, k, v, mask, scale = drawn(problem).dynamic
+    odd = [t.as_strided(t.shape, (t.numel() + 1, *t.stride()[1:])) for t in (q, k, v)]
+    odd[0] = q.as_strided(q.shape, (129, 64, 65, 1))
+    check_call(kernel, problem, kernel.params[-1], Inputs((), (*odd, mask, scale)))
+
+
+@of("paged_attention")
+def test_paged_attention(kernel: Kernel) -> None:
+    for dims, dtype in (
+        ({"b": 3, "kv": 150, "h": 4, "hkv": 2, "d": 64, "page": 16}, "bfloat16"),
+        ({"b": 1, "kv": 70, "h": 3, "hkv": 1, "d": 128, "page": 64}, "float32"),
+    ):
+        assert check(kernel, problem_of(kernel, dims, dtype=dtype), step=4)
+    problem = problem_of(kernel, dims, dtype=dtype)
+    for params in kernel.params[1::5]:  # more splits than blocks of keys as well
+        check_call(kernel, problem, params, drawn(problem))
+    assert kernel.objection(problem_of(kernel, {**dims, "d": 80})) == "takes heads of 64 or 128 elements, not 80"
+
+
+@of("silu_and_mul")
+def test_silu_and_mul(kernel: Kernel) -> None:
+    for n, dtype in ((48, "float16"), (1304, "float32")):
+        width = n if kernel.align else n - 3
+        assert check(kernel, problem_of(kernel, {"m": 6, "n": width}, dtype=dtype))
+
+
+@of("rotary")
+def test_rotary(kernel: Kernel) -> None:
+    for h, hkv, d, cache in ((9, 2, 64, "float32"), (3, 3, 32, "same")):
+        size = d if kernel.align else d - 6
+        problem = problem_of(kernel, {"tokens": 5, "h": h, "hkv": hkv, "d": size}, cache=cache)
+        assert check(kernel, problem)
+        q, k, cos, sin, positions = drawn(problem).dynamic
+        packed = torch.cat((q, k), 1)  # heads of one projection, and halves of one cache
+        caches = torch.cat((cos, sin), 1)
+        split = (packed[:, :h], packed[:, h:], caches[:, : size // 2], caches[:, size // 2 :], positions)
+        check_call(kernel, problem, kernel.params[0], Inputs((), split))
+    wide = problem_of(kernel, {"tokens": 5, "h": 2, "hkv": 3, "d": 64}, cache="same")
+    assert kernel.objection(wide) == "takes no more key heads than query heads, not 3 and 2"
+
+
+@of("cross_entropy")
+def test_cross_entropy(kernel: Kernel) -> None:
+    for n, dtype in ((600, "float16"), (4208, "float32")):
+        width = n if kernel.align else n - 3
+        problem = problem_of(kernel, {"m": 5, "n": width}, dtype=dtype)
+        assert check(kernel, problem)
+        logits = drawn(problem).dynamic[0]
+        inputs = Inputs((), (logits, torch.arange(5), 0))
+        y = check_call(kernel, problem, kernel.params[0], inputs)
+        assert y[0] == 0 and y.dtype is logits.dtype
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.id)
+def test_the_compiled_fast_path_launches_what_python_does(
+    kernel: Kernel, opened: Open, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = opened()
+
+    def locate(steps: Steps) -> launch.Plan:
+        found = []
+        for each, values in steps:
+            cubin = made(each.symbol, arguments=each.arguments, align=each.align, grid=each.grid)
+            found.append(launch.Step(launcher.add(cubin), values))
+        return launch.Plan(launcher, found)
+
+    monkeypatch.setattr(library, "_locate", locate)
+    traits = {"mask": "none"} if kernel.op == "attention" else {}
+    problem = problem_of(kernel, SIZES[kernel.op], **traits, **VARIANTS[kernel.op][0])
+    inputs, params = drawn(problem), kernel.params[-1]
+    assert native.module is not None
+    kernel.bind(problem, params, *inputs.static)(*inputs.dynamic)
+    fast = fake.calls("launch")
+    monkeypatch.setattr(native, "module", None)
+    kernel.bind(problem, params, *inputs.static)(*inputs.dynamic)
+    both = fake.calls("launch")
+    slow = both[len(fast) :]
+    assert fast and [names for names, _ in fast] == [names for names, _ in slow]
+    for (_, one), (_, other) in zip(fast, slow, strict=True):
+        assert len(one) == len(other)
+        # Addresses of what each call allocates differ; they are far above all other numbers.
+        assert [each for each in one if abs(each) < 2**40] == [each for each in other if abs(each) < 2**40]
 
 
 def test_a_kernels_digest_is_that_of_its_triton_source_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +263,41 @@ def test_a_kernels_digest_is_that_of_its_triton_source_too(monkeypatch: pytest.M
 
     monkeypatch.setattr(program, "source_of", lambda name: name)
     assert source_digest(kernel) != before
+
+
+# -- by the checks that a sweep makes, with extreme values among them ------------------------------------------
+
+SIZES: dict[str, dict[str, int]] = {
+    "linear": {"m": 4, "n": 16, "k": 1040},
+    "rms_norm": {"m": 5, "n": 96},
+    "layer_norm": {"m": 5, "n": 96},
+    "softmax": {"m": 5, "n": 96},
+    "silu_and_mul": {"m": 5, "n": 96},
+    "rotary": {"tokens": 5, "h": 3, "hkv": 2, "d": 32},
+    "cross_entropy": {"m": 5, "n": 96},
+    "attention": {"b": 2, "q": 20, "kv": 40, "h": 1, "hkv": 1, "d": 64},
+    "paged_attention": {"b": 2, "kv": 80, "h": 1, "hkv": 1, "d": 64, "page": 16},
+}
+VARIANTS: dict[str, tuple[dict[str, str], ...]] = {
+    "linear": ({"bias": "yes", "epilogue": "silu"}, {"bias": "no", "epilogue": "add"}),
+    "rms_norm": ({"affine": "yes", "residual": "yes"}, {"affine": "no", "residual": "no"}),
+    "layer_norm": ({"affine": "yes"}, {"affine": "no"}),
+    "softmax": ({},),
+    "silu_and_mul": ({},),
+    "rotary": ({"cache": "float32"}, {"cache": "same"}),
+    "cross_entropy": ({},),
+    "attention": ({"layout": "bshd", "causal": "yes"}, {"layout": "bhsd", "causal": "no"}),
+    "paged_attention": ({},),
+}
+
+
+@pytest.mark.skipif(not SOAK, reason="a soak: the interpreter is slow")
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.id)
+def test_what_a_sweep_checks(kernel: Kernel) -> None:
+    checker = Checker(seed=0)
+    for dtype, variant in zip(kernel.precision, itertools.cycle(VARIANTS[kernel.op])):
+        traits = {"mask": "none"} if kernel.op == "attention" else {}
+        problem = problem_of(kernel, SIZES[kernel.op], dtype=dtype, **traits, **variant)
+        params = next(each for each in kernel.params if kernel.suits(problem, each) is None)
+        verdict = checker.check(problem, Candidate(kernel.id, params))
+        assert (verdict.status, verdict.stable) == ("ok", True), (problem.id, params, verdict.reason)

@@ -33,13 +33,26 @@ def test_rotary(dtype: str, cache: str, shape: tuple[int, ...]) -> None:
     q_out, k_out = (blank(*t.shape, dtype=t.dtype) for t in (q, k))
     values = {
         **{"q": q, "k": k, "cos": cos, "sin": sin, "positions": positions, "q_out": q_out, "k_out": k_out},
-        **{"tokens": tokens, "h": h, "hkv": hkv, "q_token": q.stride(0), "q_head": q.stride(1)},
+        **{"tokens": tokens, "h": h, "hkv": hkv, "rows": len(cos), "q_token": q.stride(0), "q_head": q.stride(1)},
         **{"k_token": k.stride(0), "k_head": k.stride(1), "cache_stride": cos.stride(0)},
     }
     programs = rotary.rotary(dtype, kind, d, (("heads", heads), ("warps", 1)), 2)
     launch(programs, values, ("q_out", "k_out"))
     assert_close(q_out, turned(q, cos[positions], sin[positions]), 2)
     assert_close(k_out, turned(k, cos[positions], sin[positions]), 2)
+
+
+def test_a_position_that_the_caches_have_not_reads_nothing_and_gives_nan() -> None:
+    q = torch.ones(3, 1, 64)
+    cos = torch.ones(11, 32)
+    out = blank(3, 1, 64, dtype=torch.float32)
+    values = {
+        **{"q": q, "k": q.clone(), "cos": cos, "sin": cos.clone(), "positions": torch.tensor([-1, 10, 11])},
+        **{"q_out": out, "k_out": out.clone(), "tokens": 3, "h": 1, "hkv": 1, "rows": 11, "cache_stride": 32},
+        **{"q_token": 64, "q_head": 64, "k_token": 64, "k_head": 64},
+    }
+    launch(rotary.rotary("float32", "float32", 64, rotary.PARAMS[0], 16), values, ("q_out", "k_out"))
+    assert out[[0, 2]].isnan().all() and not out[1].isnan().any()
 
 
 def test_an_odd_head_has_no_halves() -> None:

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from functools import lru_cache
 from pathlib import Path
 
 from dks.dispatch import trust
 from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch.gpu.cublaslt.library import HERE, digest
 from dks.dispatch.tiles import build
 
-HERE = Path(__file__).parent
 BINARY = "libdks_cublaslt.so"
 FLAGS = (
     *("-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
     *("-Wall", "-Wextra", "-Wfatal-errors", "-s", "-Wl,--build-id=none"),
 )
-
-
-@lru_cache
-def digest() -> str:
-    """First 16 hex digits of a SHA-256 over the sources."""
-    sources = [(HERE / name).read_bytes() for name in ("cublaslt.h", "cublaslt.cpp")]
-    return hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
 
 
 def compile_into(folder: Path) -> str:
@@ -39,7 +31,17 @@ def compile_into(folder: Path) -> str:
         with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as name:
             made = Path(name) / BINARY
             source = str(HERE / "cublaslt.cpp")
-            command = [*compiler, *FLAGS, "-iquote", str(HERE), source, "-o", BINARY, "-ldl"]
+            command = [
+                *compiler,
+                *FLAGS,
+                f'-DDKS_SOURCE="{digest()}"',
+                "-iquote",
+                str(HERE),
+                source,
+                "-o",
+                BINARY,
+                "-ldl",
+            ]
             code, output = run_compiler(command, made.parent)
             if code != 0 or not made.is_file():
                 return failure(compiler, code, output)

@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
@@ -69,12 +70,59 @@ struct Why {
   }
 };
 
+// The driver's context of a device, as the current one of this thread for as long as this lives. Where there is no
+// driver, there is none to change.
+struct Context {
+  using Get = int (*)(void**);
+  using Set = int (*)(void*);
+
+  static void* current() {
+    void* found = nullptr;
+    const auto get = reinterpret_cast<Get>(of_driver("cuCtxGetCurrent"));
+    return get != nullptr && get(&found) == 0 ? found : nullptr;
+  }
+
+  explicit Context(void* wanted) : before_(wanted == nullptr ? nullptr : current()), changed_(before_ != wanted) {
+    if (changed_) set(wanted);
+  }
+  ~Context() {
+    if (changed_) set(before_);
+  }
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+ private:
+  void* before_;
+  bool changed_;
+
+  static void set(void* context) {
+    const auto change = reinterpret_cast<Set>(of_driver("cuCtxSetCurrent"));
+    if (change != nullptr) change(context);
+  }
+  static void* of_driver(const char* name) {
+    static void* const driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+    return driver == nullptr ? nullptr : dlsym(driver, name);
+  }
+};
+
 }  // namespace
 
 struct dks_lt {
   void* library;
   void* handle;
+  void* context;
   Functions call;
+};
+
+struct dks_lt_linear {
+  // Of numbers of rows, by their remainder: how much workspace they need, plus 1, or 0 where they are refused.
+  static constexpr int kKnown = 256;
+  const dks_lt* lt;
+  dks_lt_problem problem;
+  unsigned char algorithm[DKS_LT_ALGORITHM];
+  const void *weight, *bias;
+  int64_t device;
+  mutable std::atomic<uint64_t> known[kKnown];  // rows in the upper half; 0 is an empty one
 };
 
 namespace {
@@ -213,9 +261,53 @@ const char* missing(const dks_lt_problem& p, const dks_lt_call& c) {
 
 constexpr int kMost = 256;
 
+// The status of the call; a negative one where it can't even be described.
+int matmul(const dks_lt* lt, const dks_lt_problem& p, const unsigned char* bytes, const dks_lt_call& call, Why why) {
+  Described it{};
+  if (it.make(lt, p, call, why)) return -1;
+  Algorithm algorithm;
+  std::memcpy(&algorithm, bytes, sizeof algorithm);
+  const bool int8 = p.type == DKS_LT_INT8, adds = p.epilogue == DKS_LT_ADD;
+  const float one = 1.0f, add = adds ? 1.0f : 0.0f;
+  const int32_t integer_one = 1, integer_zero = 0;
+  const void* alpha = int8 ? static_cast<const void*>(&integer_one) : &one;
+  const void* beta = int8 ? static_cast<const void*>(&integer_zero) : &add;
+  return lt->call.cublasLtMatmul(lt->handle, &it.operation, alpha, call.weight, &it.a, call.x, &it.b, beta,
+                                 adds ? call.residual : call.y, &it.c, call.y, &it.d, &algorithm, call.workspace,
+                                 call.workspace_bytes, call.stream);
+}
+
+void* address(int64_t value) { return reinterpret_cast<void*>(static_cast<uintptr_t>(value)); }
+
+// A compiled call in this library's words. Returns a dks_lt_code.
+int understand(const dks_lt_linear& it, const int64_t* values, dks_lt_problem* p, dks_lt_call* call) {
+  *p = it.problem;
+  p->m = values[4];
+  *call = {};
+  call->x = address(values[0]);
+  call->weight = it.weight;
+  call->bias = it.bias;
+  call->residual = address(values[2]);
+  call->y = address(values[3]);
+  call->workspace = address(values[8]);
+  call->workspace_bytes = static_cast<uint64_t>(values[9]);
+  call->stream = address(values[10]);
+  if (values[11] != it.device) return DKS_LT_DEVICE;
+  if (p->m < 0 || p->m > INT32_MAX) return DKS_LT_REFUSED;
+  const bool apart = values[5] != p->ldx || values[7] != p->ldy || (p->epilogue == DKS_LT_ADD && values[6] != p->ldr);
+  return p->m > 0 && (apart || missing(*p, *call) != nullptr) ? DKS_LT_MISALIGNED : DKS_LT_OK;
+}
+
 }  // namespace
 
+#ifndef DKS_SOURCE
+#error "define DKS_SOURCE as a string: the digest of these sources"
+#endif
+
 extern "C" {
+
+DKS_EXPORT extern const char dks_lt_source[];
+const char dks_lt_source[] = DKS_SOURCE;
 
 DKS_EXPORT dks_lt* dks_lt_open(const char* path, char* text, size_t room) {
   const Why why{text, room};
@@ -236,12 +328,12 @@ DKS_EXPORT dks_lt* dks_lt_open(const char* path, char* text, size_t room) {
   if (find(library, &call, why)) {
     const Status status = call.cublasLtCreate(&handle);
     if (status == 0) {
-      auto* lt = new (std::nothrow) dks_lt{library, handle, call};
+      auto* lt = new (std::nothrow) dks_lt{library, handle, Context::current(), call};
       if (lt != nullptr) return lt;
       why.say("out of memory");
       call.cublasLtDestroy(handle);
     } else {
-      const dks_lt failed{library, nullptr, call};
+      const dks_lt failed{library, nullptr, nullptr, call};
       refused(&failed, status, "cublasLtCreate", why);
     }
   }
@@ -298,20 +390,56 @@ DKS_EXPORT int dks_lt_check(const dks_lt* lt, const dks_lt_problem* p, const uns
 DKS_EXPORT int dks_lt_run(const dks_lt* lt, const dks_lt_problem* p, const unsigned char* bytes,
                           const dks_lt_call* call, char* text, size_t room) {
   const Why why{text, room};
-  Described it{};
-  if (it.make(lt, *p, *call, why)) return -1;
+  if (const char* said = objection(*p)) return why.say("%s", said);
   if (const char* name = missing(*p, *call)) return why.say("%s: null, or not as aligned as the problem says", name);
-  Algorithm algorithm;
-  std::memcpy(&algorithm, bytes, sizeof algorithm);
-  const bool int8 = p->type == DKS_LT_INT8, adds = p->epilogue == DKS_LT_ADD;
-  const float one = 1.0f, add = adds ? 1.0f : 0.0f;
-  const int32_t integer_one = 1, integer_zero = 0;
-  const void* alpha = int8 ? static_cast<const void*>(&integer_one) : &one;
-  const void* beta = int8 ? static_cast<const void*>(&integer_zero) : &add;
-  const Status status = lt->call.cublasLtMatmul(
-      lt->handle, &it.operation, alpha, call->weight, &it.a, call->x, &it.b, beta, adds ? call->residual : call->y,
-      &it.c, call->y, &it.d, &algorithm, call->workspace, call->workspace_bytes, call->stream);
-  return status == 0 ? 0 : refused(lt, status, "cublasLtMatmul", why);
+  const Status status = matmul(lt, *p, bytes, *call, why);
+  return status > 0 ? refused(lt, status, "cublasLtMatmul", why) : status;
+}
+
+DKS_EXPORT dks_lt_linear* dks_lt_linear_make(const dks_lt* lt, const dks_lt_problem* p, const unsigned char* algorithm,
+                                             const void* weight, const void* bias, int64_t device) {
+  auto* made = new (std::nothrow) dks_lt_linear{};
+  if (made == nullptr) return nullptr;
+  made->lt = lt;
+  made->problem = *p;
+  std::memcpy(made->algorithm, algorithm, sizeof made->algorithm);
+  made->weight = weight;
+  made->bias = bias;
+  made->device = device;
+  return made;
+}
+
+DKS_EXPORT void dks_lt_linear_free(dks_lt_linear* linear) { delete linear; }
+
+DKS_EXPORT int64_t dks_lt_linear_workspace(const void* linear, const int64_t* values) {
+  const auto& it = *static_cast<const dks_lt_linear*>(linear);
+  dks_lt_problem p;
+  dks_lt_call call;
+  if (const int code = understand(it, values, &p, &call)) return -code;
+  if (p.m == 0) return 0;
+  const auto rows = static_cast<uint64_t>(p.m);
+  auto& known = it.known[rows % dks_lt_linear::kKnown];
+  uint64_t found = known.load(std::memory_order_relaxed);
+  if (found >> 32 != rows) {
+    const Context on(it.lt->context);
+    dks_lt_found checked;
+    const int refusal = dks_lt_check(it.lt, &p, it.algorithm, &checked, nullptr, 0);
+    found = rows << 32 | (refusal != 0 ? 0 : checked.workspace + 1);
+    known.store(found, std::memory_order_relaxed);
+  }
+  const auto needed = static_cast<int64_t>(found & UINT32_MAX);
+  return needed == 0 ? -DKS_LT_REFUSED : needed - 1;
+}
+
+DKS_EXPORT int dks_lt_linear_run(const void* linear, const int64_t* values) {
+  const auto& it = *static_cast<const dks_lt_linear*>(linear);
+  dks_lt_problem p;
+  dks_lt_call call;
+  if (const int code = understand(it, values, &p, &call)) return code;
+  if (p.m == 0) return DKS_LT_OK;
+  const Context on(it.lt->context);
+  const Status status = matmul(it.lt, p, it.algorithm, call, Why{nullptr, 0});
+  return status == 0 ? DKS_LT_OK : status < 0 ? DKS_LT_REFUSED : DKS_LT_FAILED + status;
 }
 
 }  // extern "C"

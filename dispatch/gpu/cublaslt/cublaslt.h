@@ -85,6 +85,32 @@ int dks_lt_check(const struct dks_lt*, const struct dks_lt_problem*, const unsig
 int dks_lt_run(const struct dks_lt*, const struct dks_lt_problem*, const unsigned char* algorithm,
                const struct dks_lt_call*, char* why, size_t room);
 
+/* An algorithm with the constant part of a linear, as a compiled call launches it: see `Function` of call.py.
+ *
+ * `values` are x, 0, residual, y, m, ldx, ldr, ldy, workspace, workspace_bytes, stream and the device's number. Both
+ * run on the device that was current when `lt` was opened, and leave the thread's as it was. */
+struct dks_lt_linear;
+
+enum dks_lt_code {
+  DKS_LT_OK = 0,
+  /* Nothing was launched: */
+  DKS_LT_MISALIGNED = 1, /* an address is not as aligned as the problem says, or a distance of rows another */
+  DKS_LT_REFUSED = 2,    /* the algorithm can't run so many rows */
+  DKS_LT_WORKSPACE = 3,  /* smaller than dks_lt_linear_workspace says */
+  DKS_LT_DEVICE = 4,     /* another device than that which `lt` was opened for */
+  DKS_LT_FAILED = 1000,  /* plus cuBLASLt's own status */
+};
+
+/* Null where memory ran out. `p->m` does not matter; `device` is the number of the one that is current. */
+struct dks_lt_linear* dks_lt_linear_make(const struct dks_lt*, const struct dks_lt_problem* p,
+                                         const unsigned char* algorithm, const void* weight, const void* bias,
+                                         int64_t device);
+void dks_lt_linear_free(struct dks_lt_linear*);
+
+/* Bytes of workspace, or minus a code. cuBLASLt is asked once for each number of rows. */
+int64_t dks_lt_linear_workspace(const void* linear, const int64_t* values);
+int dks_lt_linear_run(const void* linear, const int64_t* values);
+
 #ifdef __cplusplus
 }
 #endif

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+
+import torch
+
+from dks.dispatch.gpu.call import Function, Source
+from dks.dispatch.gpu.launch import LaunchFailed, Misaligned
+from dks.dispatch.kernel import Declined
+from dks.dispatch.manifest import CUBLASLT
+from dks.dispatch.tiles.library import Missing
+
+HERE = Path(__file__).parent
+SOURCES = ("cublaslt.h", "cublaslt.cpp")
+"""All that the library is made of, beside this file."""
 
 MOST = 32
 """Algorithms that the heuristic is asked for."""
@@ -26,6 +40,15 @@ _OUT = {"float8_e4m3fn": "bfloat16", "int8": "int32"}
 
 _ALGORITHM, _ROOM = 64, 512
 _POINTER, _INT64, _INT32, _UINT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32
+
+
+_CODES = {
+    1: "an address is not divisible by what the algorithm was chosen for",
+    2: "the algorithm can't run so many rows",
+    3: "the workspace is too small",
+    4: "bound on another device",
+}
+_FAILED, _NOT_SUPPORTED = 1000, 15
 
 
 class Refused(RuntimeError):
@@ -142,6 +165,7 @@ class Library:
         self._c = ctypes.CDLL(str(binary))
         self._c.dks_lt_open.restype = _POINTER
         self._c.dks_lt_version.restype = ctypes.c_uint64
+        self._c.dks_lt_linear_make.restype = _POINTER
         why = ctypes.create_string_buffer(_ROOM)
         opened = self._c.dks_lt_open(path.encode() if path else None, why, ctypes.c_size_t(_ROOM))
         if not opened:
@@ -174,8 +198,7 @@ class Library:
         Raises:
             Refused: another version made it, or cublasLtMatmulAlgoCheck says that it can't run here.
         """
-        if algorithm.version != self.version:
-            raise Refused(f"algorithm of cuBLASLt {algorithm.version}: found version {self.version}; sweep again")
+        self._same_version(algorithm)
         problem, found = _problem(matmul), Found()
         self._ask("dks_lt_check", ctypes.byref(problem), algorithm.data, ctypes.byref(found))
         return Algorithm(algorithm.data, algorithm.version, found.workspace, found.waves)
@@ -193,12 +216,143 @@ class Library:
 
         return run
 
+    def function(
+        self,
+        matmul: Matmul,
+        algorithm: Algorithm,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        device: int,
+        values: tuple[Source | int, ...],
+    ) -> Function:
+        """An algorithm as a call's recipe takes it.
+
+        Args:
+            matmul: whose number of rows does not matter: cuBLASLt is asked about each that comes.
+            device: number of the one that was current when this was opened.
+            values: as ``dks_lt_linear`` has them, up to ``ldy``.
+
+        Raises:
+            Refused: another version made the algorithm.
+        """
+        self._same_version(algorithm)
+        problem = _problem(matmul)
+        addresses = (_POINTER(None if each is None else each.data_ptr()) for each in (weight, bias))
+        made = self._c.dks_lt_linear_make(
+            self._lt, ctypes.byref(problem), algorithm.data, *addresses, _INT64(device)
+        )
+        if not made:
+            raise MemoryError("cuBLASLt: no memory for what is bound")
+        run, workspace = (
+            int(ctypes.cast(self._c[f"dks_lt_linear_{name}"], _POINTER).value or 0) for name in ("run", "workspace")
+        )
+        return Function(run, workspace, made, values, settle, (_Held(self._c, made), self, weight, bias))
+
+    def _same_version(self, algorithm: Algorithm) -> None:
+        if algorithm.version != self.version:
+            raise Refused(f"algorithm of cuBLASLt {algorithm.version}: found version {self.version}; sweep again")
+
     def _ask(self, function: str, *arguments: object) -> int:
         why = ctypes.create_string_buffer(_ROOM)
         answer: int = self._c[function](self._lt, *arguments, why, ctypes.c_size_t(_ROOM))
         if answer < 0:
             raise Refused(_text(why))
         return answer
+
+
+class _Held:
+    """A ``struct dks_lt_linear``, until nobody can call it."""
+
+    def __init__(self, library: ctypes.CDLL, address: int) -> None:
+        self._free, self._address = library.dks_lt_linear_free, _POINTER(address)
+
+    def __del__(self) -> None:
+        self._free(self._address)
+
+
+def settle(code: int) -> None:
+    """Nothing where an ``enum dks_lt_code`` is 0.
+
+    Raises:
+        Declined: the algorithm can't serve this call; nothing was launched.
+        Misaligned: the one of these that another kernel may take.
+        LaunchFailed: cuBLASLt failed.
+    """
+    if code == 0:
+        return
+    said = f"cuBLASLt: {_CODES.get(code) or f'status {code - _FAILED}'}"
+    if code >= _FAILED and code != _FAILED + _NOT_SUPPORTED:
+        raise LaunchFailed(said)
+    raise Misaligned(said) if code == 1 else Declined(said)
+
+
+@lru_cache
+def digest() -> str:
+    """First 16 hex digits of a SHA-256 over the sources."""
+    return hashlib.sha256(b"\0".join((HERE / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+
+
+Locate = Callable[[], Path]
+
+
+def _nowhere() -> Path:
+    raise Missing("cuBLASLt: no loaded package ships what opens it, and nothing is compiled while serving")
+
+
+_shipped: dict[str, Path] = {}  # by digest
+_locate: Locate = _nowhere
+_opened: dict[tuple[Path, int], Library] = {}
+
+
+def add(data: bytes, digest: str) -> None:
+    """Keep a package's library, unless one of this digest is there; it stays for good, in memory."""
+    if digest not in _shipped:
+        file = os.memfd_create(CUBLASLT)  # open for good, so that its number names this library alone
+        with os.fdopen(os.dup(file), "wb") as writer:
+            writer.write(data)
+        _shipped[digest] = Path(f"/proc/self/fd/{file}")
+
+
+def look_in(locate: Locate) -> None:
+    """From now on, where no package ships the library it is where ``locate`` says: for measuring alone."""
+    global _locate  # noqa: PLW0603 - set once, by what measures
+    _locate = locate
+
+
+def opened(device: torch.device) -> Library:
+    """cuBLASLt with a handle for a device, one for the life of the process.
+
+    Raises:
+        Missing: there is no library of this version that opens it, no cuBLASLt, or no device.
+    """
+    index = device.index or 0
+    path = next((path for path in _shipped.values() if _is_ours(path)), None) or _locate()
+    if (path, index) not in _opened:
+        try:
+            if device.type == "cuda":
+                with torch.cuda.device(index):
+                    torch.cuda.synchronize()  # so that the device's context is this thread's current one
+                    _opened[path, index] = Library(path, _of_torch())
+            else:
+                _opened[path, index] = Library(path, _of_torch())
+        except (Refused, OSError) as error:
+            raise Missing(f"cuBLASLt: {error}") from None
+    return _opened[path, index]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it was made from this version's sources."""
+    try:
+        found = (ctypes.c_char * len(digest())).in_dll(ctypes.CDLL(str(path)), "dks_lt_source").value
+    except (OSError, ValueError):
+        return False
+    return found.decode("ascii", "replace") == digest()
+
+
+def _of_torch() -> str | None:
+    """The name of the cuBLASLt that PyTorch has loaded already: the system finds a loaded one by its name."""
+    major = str(torch.version.cuda or "").partition(".")[0]
+    return f"libcublasLt.so.{major}" if major else None
 
 
 def _problem(matmul: Matmul) -> Problem:

@@ -2,7 +2,7 @@
  *
  * A kernel is two functions, <name> and <name>_workspace. Both are reentrant and keep no pointer of a call. The
  * first puts its work on call->stream and returns; it allocates nothing, so that a CUDA graph can capture it.
- * It runs on the calling thread's current device.
+ * Whatever device was the calling thread's before is so again after it.
  */
 #ifndef DKS_CUTLASS_ABI_H
 #define DKS_CUTLASS_ABI_H
@@ -33,6 +33,7 @@ struct dks_cutlass_linear {
   int32_t multiprocessors; /* of the device, or fewer that may be used; 1 at least */
 };
 
+/* Every field has 8 bytes, so that a caller may fill an array of them instead. */
 struct dks_cutlass_call {
   const void* x;        /* (rows, k), ldx apart */
   const float* x_scale; /* of a row (rows), or null for 1; fp8 and int8 alone */
@@ -41,13 +42,14 @@ struct dks_cutlass_call {
   int64_t rows, ldx, ldr, ldy;
   void* workspace; /* 16-byte aligned, no other call's while this one runs */
   int64_t workspace_bytes;
-  void* stream; /* cudaStream_t or CUstream, which are one */
+  void* stream;   /* cudaStream_t or CUstream, which are one */
+  int64_t device; /* whose stream and memory these are: its number */
 };
 
 /* An enum dks_cutlass_status. */
 typedef int (*dks_cutlass_fn)(const struct dks_cutlass_linear*, const struct dks_cutlass_call*);
 
-/* Bytes of workspace that this call needs, asking the current device; or minus a status. */
+/* Bytes of workspace that this call needs, whatever its workspace and stream are; or minus a status. */
 typedef int64_t (*dks_cutlass_workspace_fn)(const struct dks_cutlass_linear*, const struct dks_cutlass_call*);
 
 #endif

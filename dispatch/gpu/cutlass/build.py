@@ -11,7 +11,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ FLAGS = (
 )
 # The run-time is linked in: a process may hold that of its framework beside it, in another version.
 LINK = ("-shared", "-cudart", "static", "-Xlinker", "-s,--build-id=none")
+_LICENCE = (
+    "CUTLASS: Copyright (c) NVIDIA CORPORATION & AFFILIATES, BSD-3-Clause, https://github.com/NVIDIA/cutlass\n"
+)
 TIMEOUT = 1800.0  # seconds: one takes a minute where nothing else runs
 
 
@@ -56,11 +60,16 @@ def unavailable() -> str:
     return find_nvcc()[1] or find_cutlass()[1]
 
 
-def build(wanted: Iterable[Configuration], limit: int | None = None) -> dict[str, str]:
+def build(
+    wanted: Iterable[Configuration],
+    limit: int | None = None,
+    told: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, str]:
     """Compile what is not in the cache.
 
     Args:
         limit: bytes of memory that the compilers may take together; None: what is available.
+        told: how many of how many have been compiled, each time that one has.
 
     Returns:
         Why it failed, by symbol, of each configuration that has no compiled form now.
@@ -73,7 +82,7 @@ def build(wanted: Iterable[Configuration], limit: int | None = None) -> dict[str
         for each in configurations
         if not is_built(each)
     ]
-    reasons = run_within(jobs, available() if limit is None else limit, os.cpu_count() or 1)
+    reasons = run_within(jobs, available() if limit is None else limit, os.cpu_count() or 1, told)
     return {job.name: why for job, why in zip(jobs, reasons, strict=True) if why}
 
 
@@ -199,3 +208,14 @@ def _cutlass_version() -> str:
         return importlib.metadata.version("nvidia-cutlass")
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def licence() -> str:
+    """The text that must go wherever compiled CUTLASS goes."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("nvidia-cutlass") or ():
+            if file.name.upper().startswith("LICENSE") and file.parent.as_posix().endswith(
+                ("licenses", "dist-info")
+            ):
+                return file.read_text(encoding="utf-8")
+    return _LICENCE

@@ -34,6 +34,24 @@ inline int objection(const dks_cutlass_linear& w, const dks_cutlass_call& c, int
   return bits % align || scale % 16 ? DKS_CUTLASS_MISALIGNED : DKS_CUTLASS_OK;
 }
 
+// Makes the call's device the thread's, for as long as this lives. Without a driver it does nothing.
+class OnDevice {
+ public:
+  explicit OnDevice(int64_t device) {
+    int now = 0;
+    if (cudaGetDevice(&now) != cudaSuccess || now == device) return;
+    if (cudaSetDevice(static_cast<int>(device)) == cudaSuccess) before_ = now;
+  }
+  ~OnDevice() {
+    if (before_ >= 0) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = -1;
+};
+
 inline int failed() {
   const cudaError_t error = cudaGetLastError();  // and clears it: the next call starts anew
   return error == cudaSuccess ? DKS_CUTLASS_FAILED : DKS_CUTLASS_CUDA + static_cast<int>(error);

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from dks.dispatch.gpu.limits import LIMITS
 
 HERE = Path(__file__).parent
 _SHARED = ("abi.h", "call.hpp", "functions.j2")
+SOURCES = (*_SHARED, "multistage.cu.j2", "hopper.cu.j2")
+"""All that kernels are rendered from, beside this file."""
 
 Shape = tuple[int, int, int]
 """Extents along m (rows of x), n (output channels) and k."""
@@ -162,6 +164,11 @@ class Configuration:
     def epilogue_schedule(self) -> str:
         word, _ = _HOPPER_SCHEDULES[self.schedule]
         return f"TmaWarpSpecialized{word if word == _COOPERATIVE else ''}"
+
+    def on(self, device: int) -> Configuration:
+        """As it is compiled for a device of this compute capability: what works as on sm_80 runs on all later ones,
+        in code of their own."""
+        return replace(self, arch=device) if self.multistage else self
 
     def objection(self) -> str | None:
         """Why there can be no such kernel, or None; asked before anything is compiled."""

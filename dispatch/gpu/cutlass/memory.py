@@ -40,10 +40,15 @@ def available() -> int:
     return max(int(min(free) * (1 - _RESERVE)), 0)
 
 
-def run_within(jobs: Sequence[Job], limit: int, workers: int) -> list[str]:
+def run_within(
+    jobs: Sequence[Job], limit: int, workers: int, told: Callable[[int, int], None] = lambda *_: None
+) -> list[str]:
     """Run all jobs, never more at once than ``limit`` bytes and ``workers`` allow.
 
     The largest that fits goes first. What alone is above the limit does not run.
+
+    Args:
+        told: how many of how many have ended, each time that one does.
 
     Returns:
         Why each failed, or an empty text, in the order of the jobs.
@@ -67,6 +72,7 @@ def run_within(jobs: Sequence[Job], limit: int, workers: int) -> list[str]:
                 continue
             for ended in wait(running, return_when=FIRST_COMPLETED).done:
                 said[running.pop(ended)] = ended.result()
+                told(len(said), len(jobs))
     return [said[i] for i in range(len(jobs))]
 
 

@@ -62,7 +62,7 @@ OPERATOR = Operator(
     dims=("b", "q", "kv", "h", "hkv", "d"),
     dynamic=("b", "q", "kv"),
     traits={
-        "dtype": ("float32", "bfloat16"),
+        "dtype": ("float32", "bfloat16", "float16"),
         "mask": ("none", "bool", "float"),
         "causal": ("no", "yes"),
         "layout": ("bshd", "bhsd"),

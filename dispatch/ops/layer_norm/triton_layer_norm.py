@@ -1,0 +1,59 @@
+"""Triton kernels of layer_norm on a GPU; see ``gpu/rows.py``."""
+
+from __future__ import annotations
+
+import torch
+
+from dks.dispatch.gpu import call, rows
+from dks.dispatch.gpu.call import Buffer, Recipe, bound, buffer, given, steps
+from dks.dispatch.gpu.elements import EXACTNESS, class_of
+from dks.dispatch.gpu.program import Program
+from dks.dispatch.kernel import Kernel, Params, Run
+from dks.dispatch.problem import Problem
+
+
+def layer_norm(align: int) -> Kernel:
+    """The kernel ``triton.layer_norm``, of 16-byte alignment, or the one for less, where ``align`` is 0."""
+
+    def programs(problem: Problem, params: Params) -> tuple[Program, ...]:
+        dtype, affine = problem.trait("dtype"), problem.trait("affine") == "yes"
+        return rows.layer_norm(dtype, affine, affine, params, class_of(dtype, align))
+
+    def bind(
+        problem: Problem, params: Params, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    ) -> Run:
+        """weight and bias (n,) of x's dtype, or both None -> run(x (..., n)) -> (..., n).
+
+        Raises:
+            Missing: a program has no compiled form here.
+            ValueError: no block of these parameters holds a row.
+        """
+        n = problem.dim("n")
+        rows.expect_room(params, n)
+        values: dict[str, call.Value] = {
+            **{"x": given(0), "y": buffer(0), "m": call.rows(0), "n": n, "x_stride": n, "eps": eps},
+            **{"weight": 0 if weight is None else weight.detach().contiguous()},
+            **{"bias": 0 if bias is None else bias.detach().contiguous()},
+        }
+        recipe = Recipe((problem.trait("dtype"),), steps(programs(problem, params), values), (Buffer(),))
+        device = None if weight is None else weight.device
+        return bound(recipe, device=device)  # type: ignore[return-value]
+
+    return Kernel(
+        id="triton.layer_norm" if align else "triton.layer_norm_scalar",
+        op="layer_norm",
+        precision=EXACTNESS,
+        bind=bind,
+        form="the addresses of weight and bias",  # a form, since binding takes longer than a small call
+        form_bytes=lambda _: 16,
+        params=rows.PARAMS,
+        programs=programs,
+        sources=("rows.py",),
+        align=align,
+        suits=lambda problem, params: rows.suits(params, problem.dim("n")),
+        rank=20 if align else 21,
+        devices=("cuda",),
+    )
+
+
+KERNELS = (layer_norm(16), layer_norm(0))
