@@ -116,6 +116,7 @@ class Bench:
         self._bound: dict[str, list[Bound]] = {}
         self._drawn: tuple[Problem, Inputs] | None = None
         self._digests: dict[str, str] = {}
+        self._right: tuple[Problem | None, dict[Candidate, Verdict]] = (None, {})
 
     def check(self, problem: Problem, candidate: Candidate, mode: str = EAGER) -> tuple[Finding, bool]:
         """What is found of one candidate, and whether it left the process unfit for others.
@@ -127,8 +128,7 @@ class Bench:
             digest=self._digest(candidate.kernel),
         )
         try:
-            verdict = self._checker.check(problem, candidate)
-            self._device.settle()
+            verdict = self._judged(problem, candidate, mode)
             self._note(finding, verdict)
             if verdict.status == "ok":
                 verdict = self._try_out(problem, candidate, mode, finding)
@@ -143,6 +143,19 @@ class Bench:
             finding.status, finding.reason = "crashed", why
             return finding, True
         return finding, verdict.poisoned or finding.status == "crashed"
+
+    def _judged(self, problem: Problem, candidate: Candidate, mode: str) -> Verdict:
+        """What the checks say; in a graph, which is compared by itself, what they said of its eager calls."""
+        if self._right[0] != problem:
+            self._right = (problem, {})
+        known = self._right[1].get(candidate) if mode == GRAPH else None
+        if known is not None:
+            return known
+        verdict = self._checker.check(problem, candidate)
+        self._device.settle()
+        if verdict.status == "ok":
+            self._right[1][candidate] = verdict
+        return verdict
 
     def _digest(self, kernel: str) -> str:
         """Of its sources, read once."""

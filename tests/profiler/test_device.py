@@ -374,6 +374,18 @@ def test_what_changed_in_place_must_reach_a_replay(gpu: Gpu, cuda: FakeCuda) -> 
     assert {name: found.status for name, found in late} == dict.fromkeys(job.names, "wrong_result")
 
 
+def test_what_is_right_at_once_is_judged_again_only_as_a_graph(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, _ = in_graphs(gpu)
+    checked: list[Problem] = []
+    check = bench._checker.check
+    monkeypatch.setattr(bench._checker, "check", lambda *asked: checked.append(asked[0]) or check(*asked))  # type: ignore[func-returns-value]
+    linear, other = Candidate.parse("torch.linear"), dataclasses.replace(LINEAR, align=16)
+    found = [bench.check(LINEAR, linear, mode)[0].status for mode in ("eager", "graph", "eager")]
+    assert found == ["ok", "wrong_result", "ok"] and checked == [LINEAR, LINEAR]
+    bench.check(other, linear, "graph")
+    assert checked[2:] == [other], "nothing is known of another problem"
+
+
 def test_a_candidate_that_no_graph_holds_fails_in_graphs_alone(gpu: Gpu, cuda: FakeCuda) -> None:
     bench, job = in_graphs(gpu)
     cuda.uncapturable = True

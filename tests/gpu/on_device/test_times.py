@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from statistics import median
 
@@ -75,3 +77,18 @@ def test_replays_alone_disturb_no_window(gpu: Gpu) -> None:
 
 def test_the_driver_is_known_and_the_same_from_its_library() -> None:
     assert _driver() not in (UNKNOWN, "") and _driver_of("libnvidia-ml.so.1") == _driver()
+
+
+def test_asking_for_the_capability_does_not_open_the_device() -> None:
+    """The process that runs a sweep does, and would else be a neighbour to what its workers measure."""
+    program = """
+import subprocess, torch
+def there():
+    words = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+before = there()
+torch.cuda.get_device_capability()
+assert there() == before, (before, there())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
