@@ -235,11 +235,13 @@ PERIOD = 4_194_301
 """Of drawn numbers: a prime, so that no two rows or columns of a large tensor are alike."""
 
 
-def draw_normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Unit-normal float32 of ``shape``; repeats after ``PERIOD`` numbers: drawing a large weight, as each check
-    does, would take longer than all that is done with it."""
+def draw_normal(
+    shape: tuple[int, ...], generator: torch.Generator, over: float = 1.0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Normal numbers of ``shape``, drawn in float32 and divided by ``over``; they repeat after ``PERIOD`` of them:
+    drawing a large weight, as each check does, would take longer than all that is done with it."""
     count = math.prod(shape)
-    drawn = torch.randn((min(count, PERIOD),), generator=generator)
+    drawn = torch.randn((min(count, PERIOD),), generator=generator).div_(over).to(dtype)
     return drawn.repeat(-(-count // PERIOD))[:count].view(shape) if count > PERIOD else drawn.view(shape)
 
 

@@ -22,7 +22,8 @@ from dks.dispatch.kernel import Inputs, Launch, Output, parts, source_digest
 from dks.dispatch.modes import EAGER, GRAPH, MODES
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.profiler.check import Checker, Verdict
-from dks.profiler.device import Device, Host, Replay, Uncapturable, moved
+from dks.profiler.device import Device, Host, Replay, Uncapturable, copied, moved
+from dks.profiler.draws import tensors
 from dks.profiler.findings import UNREAD, Finding, Round, rounds_from_json, rounds_to_json
 from dks.profiler.interference import Watch
 from dks.profiler.timing import Entrants, ImpossibleTime, StoppingRule, race
@@ -113,6 +114,9 @@ class Bench:
         self._weights: list[tuple[Any, ...]] = []
         self._shared = False
         self._bound: dict[str, list[Bound]] = {}
+        self._drawn: tuple[Problem, Inputs] | None = None
+        self._digests: dict[str, str] = {}
+        self._right: tuple[Problem | None, dict[Candidate, Verdict]] = (None, {})
 
     def check(self, problem: Problem, candidate: Candidate, mode: str = EAGER) -> tuple[Finding, bool]:
         """What is found of one candidate, and whether it left the process unfit for others.
@@ -121,11 +125,10 @@ class Bench:
         """
         finding = Finding(
             energy_note=self._device.no_energy() or UNREAD,
-            digest=source_digest(pool.kernels()[candidate.kernel]),
+            digest=self._digest(candidate.kernel),
         )
         try:
-            verdict = self._checker.check(problem, candidate)
-            self._device.settle()
+            verdict = self._judged(problem, candidate, mode)
             self._note(finding, verdict)
             if verdict.status == "ok":
                 verdict = self._try_out(problem, candidate, mode, finding)
@@ -141,6 +144,25 @@ class Bench:
             return finding, True
         return finding, verdict.poisoned or finding.status == "crashed"
 
+    def _judged(self, problem: Problem, candidate: Candidate, mode: str) -> Verdict:
+        """What the checks say; in a graph, which is compared by itself, what they said of its eager calls."""
+        if self._right[0] != problem:
+            self._right = (problem, {})
+        known = self._right[1].get(candidate) if mode == GRAPH else None
+        if known is not None:
+            return known
+        verdict = self._checker.check(problem, candidate)
+        self._device.settle()
+        if verdict.status == "ok":
+            self._right[1][candidate] = verdict
+        return verdict
+
+    def _digest(self, kernel: str) -> str:
+        """Of its sources, read once."""
+        if kernel not in self._digests:
+            self._digests[kernel] = source_digest(pool.kernels()[kernel])
+        return self._digests[kernel]
+
     def _charged(self, error: Exception, where: str) -> Finding:
         """What is found of a candidate that raised."""
         if why := self._device.lost(error):
@@ -150,7 +172,7 @@ class Bench:
     def _try_out(self, problem: Problem, candidate: Candidate, mode: str, finding: Finding) -> Verdict:
         """Run a candidate that is right as it will be timed: once, for its memory, and in a graph where it is meant
         for one. What it raises comes as RaisedByKernel."""
-        inputs = self._inputs(problem, 0)
+        inputs = self._inputs(problem)
         self._hold_weights(problem, inputs)
         verdict = Verdict()
         try:
@@ -179,7 +201,7 @@ class Bench:
         problem = job.problem
         # Another order in each process: what stands beside a candidate is not the same twice.
         self._rng = random.Random(f"{self._seed} {job.process} {problem.id}")
-        inputs = self._inputs(problem, 0)
+        inputs = self._inputs(problem)
         self._hold_weights(problem, inputs)
         try:
             kernels = _Kernels(self, job, inputs)
@@ -228,12 +250,12 @@ class Bench:
         """Joules of one call of a candidate, whose copies take turns, and why not if there are none."""
         if (why := self._device.no_energy()) is not None:
             return None, why
-        inputs = self._inputs(problem, 0)
+        inputs = self._inputs(problem)
         self._hold_weights(problem, inputs)
         calls: list[Callable[[], object]] = []
         for bound in self._bind(problem, Candidate.parse(name)):
             if mode == GRAPH:
-                calls.append(self._device.captured(bound.run, inputs.dynamic).again)
+                calls.append(self._device.captured(bound.run, inputs.dynamic, False).again)
             else:
                 calls.append(partial(bound.run, *inputs.dynamic))
         turns = cycle(calls)
@@ -243,7 +265,22 @@ class Bench:
 
         return self._device.joules(call, self._device.energy_s)
 
-    def _inputs(self, problem: Problem, copy: int) -> Inputs:
+    def _inputs(self, problem: Problem) -> Inputs:
+        """Inputs of a problem, whose dynamic ones the caller may change."""
+        # Drawing a weight and moving it takes longer than checking a candidate: once for all of them.
+        if self._drawn is None or self._drawn[0] != problem:
+            self._drawn = None  # frees the last ones first
+            self._drawn = (problem, self._draw(problem, 0))
+        kept = self._drawn[1]
+        return Inputs(kept.static, copied(kept.dynamic))
+
+    def _another(self, problem: Problem, copy: int) -> tuple[Any, ...]:
+        """Dynamic inputs like those of ``_inputs`` at other addresses."""
+        kept = self._inputs(problem)
+        # Beside a weight, which would be drawn too, there are activations alone: their values take no other time.
+        return kept.dynamic if tensors(kept.static) else self._draw(problem, copy).dynamic
+
+    def _draw(self, problem: Problem, copy: int) -> Inputs:
         generator = torch.Generator().manual_seed(self._seed + copy)
         made = pool.operator(problem.op).make_inputs(problem, generator, "normal")
         return Inputs(moved(made.static, self._device.torch), moved(made.dynamic, self._device.torch))
@@ -291,32 +328,41 @@ class _Kernels:
         size += pool.operator(job.problem.op).key_bytes(job.problem)
         copies = 1 if bench._cache == "warm" else device.copies(size)
         self.inputs = [inputs.dynamic]
-        self.inputs += [bench._inputs(job.problem, copy).dynamic for copy in range(1, copies)]
+        self.inputs += [bench._another(job.problem, copy) for copy in range(1, copies)]
         # Too small to fill the cache by rotating, or too large to have copies: it is emptied between calls instead.
         self._flush = bench._cache == "cold" and (bench._shared or copies * size < device.beyond)
         self._neighbours = _Neighbours(bench, job.before, job.after)
         self._runs: dict[str, list[Launch]] = {}
         self._graphs: dict[str, list[Replay]] = {}
         self._turn = 0
-        for name in job.names:
+        self._job = job
+        # Who is out of the race is not bound again; a window that turns out to be disturbed may bring some back.
+        self._prepare(job.rule.contenders(job.rounds, entrants(job.problem, job.names)))
+
+    def _prepare(self, names: Sequence[str]) -> None:
+        """Bind, and run or capture once, those that were not yet."""
+        for name in [name for name in names if name not in self._runs]:
             self._in_flight(name)
             try:
-                self._runs[name] = [bound.run for bound in bench._bind(job.problem, Candidate.parse(name))]
-                for run in self._runs[name]:  # the first call on a fresh copy pays for more than its weights
+                runs = [bound.run for bound in self._bench._bind(self._job.problem, Candidate.parse(name))]
+                for run in runs:  # the first call on a fresh copy pays for more than its weights
                     run(*self.inputs[0])
-                device.settle()
-                if job.mode == GRAPH:
-                    self._graphs[name] = self._captured(name)
+                self._bench._device.settle()
+                if self._job.mode == GRAPH:
+                    self._graphs[name] = self._captured(runs)
             except Exception as error:  # a kernel may raise anything
                 raise RaisedByKernel(name, error) from error
+            self._runs[name] = runs
         self._in_flight("")
 
-    def _captured(self, name: str) -> list[Replay]:
+    def _captured(self, runs: Sequence[Launch]) -> list[Replay]:
         """A graph for each copy of weights and inputs: it is bound to their addresses."""
-        runs = self._runs[name]
         turns = range(max(len(runs), len(self.inputs)))
         calls = [self._neighbours.around(runs[t % len(runs)], self.inputs[t % len(self.inputs)]) for t in turns]
-        return [self._bench._device.captured(call, args) for call, args in calls]
+        # Of large outputs one each, which is compared, is all that there is room for.
+        return [
+            self._bench._device.captured(call, args, t == 0) for t, (call, args) in zip(turns, calls, strict=True)
+        ]
 
     def graph(self, name: str) -> Replay | None:
         """What was timed of a candidate, on the first inputs, where it ran as a graph."""
@@ -324,6 +370,7 @@ class _Kernels:
 
     def round(self, names: Sequence[str]) -> dict[str, int]:
         """Nanoseconds of one call of each, in random order."""
+        self._prepare(names)
         order = list(names)
         self._bench._rng.shuffle(order)
         return {name: self._call(name) for name in order}
@@ -381,7 +428,7 @@ class _Neighbours:
 
     def _default(self, bench: Bench, problem: Problem) -> tuple[Launch, tuple[Any, ...]]:
         kernel = pool.kernels()[pool.operator(problem.op).default]
-        inputs = bench._inputs(problem, 1)
+        inputs = bench._draw(problem, 1)
         return kernel.bind(problem, (), *inputs.static), inputs.dynamic
 
     @property

@@ -24,6 +24,7 @@ MAX_COPIES = 8  # of a CPU's buffers, to keep caches cold
 MAX_COPIES_GPU = 16  # of a GPU's: more would cost a graph and a binding each, for every candidate
 HOLD = 200_000  # of a GPU's clock, 0.1 ms: it waits so long before a replay, which the host launches meanwhile
 MOST_HOLD = 100 * HOLD
+MOST_IDLE = 8 * 2**30  # bytes of a GPU that PyTorch holds and no tensor has, as after a float64 reference
 
 
 class Uncapturable(RuntimeError):
@@ -63,8 +64,12 @@ class Device(Protocol):
     def timed(self, call: Callable[..., object], args: Sequence[Any]) -> int:
         """Nanoseconds of one call, with what the host does for it."""
 
-    def captured(self, call: Callable[..., Output], args: Sequence[Any]) -> Replay:
-        """A call as a graph. Raises Uncapturable, or what the call itself raises."""
+    def captured(self, call: Callable[..., Output], args: Sequence[Any], keep: bool = True) -> Replay:
+        """A call as a graph. Raises Uncapturable, or what the call itself raises.
+
+        Args:
+            keep: whether its output has memory of its own, and can be asked for; else others may write there too.
+        """
 
     def replayed(self, replay: Replay) -> int | None:
         """Nanoseconds of one replay, without what the host does for it; None where that could not be kept out."""
@@ -109,7 +114,7 @@ class Host:
     def copies(self, size: int) -> int:
         return min(MAX_COPIES, max(1, -(-self.beyond // size))) if size else 1
 
-    def captured(self, _call: Callable[..., Output], _args: Sequence[Any], /) -> Replay:
+    def captured(self, _call: Callable[..., Output], _args: Sequence[Any], _keep: bool = True, /) -> Replay:
         raise Uncapturable("a CPU has no graphs")
 
     def replayed(self, replay: Replay) -> int | None:
@@ -186,9 +191,12 @@ class Gpu:
         del result
         return round(float(self._start.elapsed_time(self._end)) * 1e6)
 
-    def captured(self, call: Callable[..., Output], args: Sequence[Any]) -> Replay:
+    def captured(self, call: Callable[..., Output], args: Sequence[Any], keep: bool = True) -> Replay:
         cuda = self._cuda
-        # Graphs share a pool: they never run at once, and each keeps the output that it writes. PyTorch takes one
+        # What PyTorch holds for later calls is not for a graph, and nothing is given back while one is captured.
+        if cuda.memory_reserved(self.torch) - cuda.memory_allocated(self.torch) > MOST_IDLE:
+            cuda.empty_cache()
+        # Graphs share a pool: they never run at once, and who is asked for its output keeps it. PyTorch takes one
         # that is in use, or a new one.
         pool = next((each.pool for each in self._graphs), None) or cuda.graph_pool_handle()
         graph = cuda.CUDAGraph()
@@ -209,7 +217,7 @@ class Gpu:
                 except Exception as error:
                     raise _uncapturable(error) from error
         cuda.synchronize(self.torch)
-        made = _Graph(graph, output, pool)
+        made = _Graph(graph, output if keep else (), pool)
         self._graphs.add(made)
         return made
 
@@ -223,6 +231,8 @@ class Gpu:
         if late:
             self._hold = min(2 * self._hold, MOST_HOLD)
             return None
+        # A host that was held up once is not waited for ever after.
+        self._hold = max(HOLD, self._hold - self._hold // 16)
         return round(float(self._start.elapsed_time(self._end)) * 1e6)
 
     def settle(self) -> None:
@@ -266,7 +276,7 @@ class Gpu:
 
 
 class _Graph:
-    """A CUDA graph and the output that it writes, which must outlive it."""
+    """A CUDA graph and the output that it writes, which must outlive it; or none, where others may write there."""
 
     def __init__(self, graph: Any, output: Output, pool: Any) -> None:
         self._graph, self._output, self.pool = graph, output, pool
@@ -304,6 +314,11 @@ def open_device(name: str) -> Device:
 def moved(args: Sequence[Any], device: torch.device) -> tuple[Any, ...]:
     """Arguments with their tensors on ``device``: copies in the same strides and as aligned, or themselves."""
     return tuple(_moved(a, device) if isinstance(a, torch.Tensor) and a.device != device else a for a in args)
+
+
+def copied(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments with copies of their tensors, in the same strides and as aligned."""
+    return tuple(_moved(a, a.device) if isinstance(a, torch.Tensor) else a for a in args)
 
 
 def _moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dks.dispatch.kernel import PERIOD
+
 HOST = torch.device("cpu")
 GUARD = 256  # bytes before and after each input
 _FILL = 0xFF  # reads as NaN in every float: a kernel that lets in what lies beside its input shows it
@@ -113,7 +115,8 @@ def has_values(t: torch.Tensor) -> bool:
 
 
 def redrawn(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Other values of the same distribution: shuffled, with random signs. A mask gets rows that differ.
+    """Other values of the same distribution: shuffled, with random signs. A mask gets rows that differ. More than
+    ``PERIOD`` numbers move along together, and not at all beside NaN, with signs that repeat.
 
     NaN stays where it is: an operator's inputs have it where nothing may be read. Integers stay as they are.
     """
@@ -121,7 +124,14 @@ def redrawn(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return _varied(t, generator)
     if not has_values(t):
         return t.clone()
-    if bool((unread := t.isnan()).any()):
+    unread = t.isnan()
+    if t.numel() > PERIOD:  # that many draws, or places, would take longer than all that is done with them
+        shift = int(torch.randint(1, t.numel(), (1,), generator=generator))
+        signs = torch.randint(0, 2, (PERIOD,), generator=generator).to(t.dtype).mul_(2).sub_(1)
+        signs = signs.repeat(-(-t.numel() // PERIOD))[: t.numel()]
+        flat = t.reshape(-1)
+        return signs.mul_(flat if bool(unread.any()) else flat.roll(shift)).view(t.shape)
+    if bool(unread.any()):
         t = t.clone()
         t[~unread] = redrawn(t[~unread], generator)
         return t

@@ -12,6 +12,7 @@ from dks.dispatch.problem import Precision
 ELEMENT = 8.0  # of a class's limit: noise of that size has no 8-sigma element in any tensor that fits a memory
 FEW = 64  # outputs with fewer elements may be near zero by chance; the size of others says what is small
 _CHUNK = 2**18  # elements compared at a time, so that float64 copies stay in the cache
+_CHUNK_GPU = 2**24  # there a chunk costs a dozen launches, and bandwidth is plenty
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def gap(y: torch.Tensor, reference: torch.Tensor, least: float = 0.0, ignored: f
     column_error = torch.zeros(n, dtype=torch.float64, device=y.device)
     column_size = torch.zeros(n, dtype=torch.float64, device=y.device)
     worst_row, worst_element = [], []
-    step = max(1, _CHUNK // n)
+    step = max(1, (_CHUNK_GPU if y.is_cuda else _CHUNK) // n)
     for start in range(0, rows, step):
         right = wanted[start : start + step]
         error = found[start : start + step].double().sub_(right).abs_()

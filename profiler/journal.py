@@ -90,19 +90,19 @@ class Writer:
         self._number = len(held.records) + len(held.damaged)
         sync_folder(path.parent)
 
-    def append(self, record: Record) -> None:
-        """Write ``record`` and wait for the disk. Raises OSError, and then nothing was acknowledged."""
-        line = _line(self._number + 1, record)
+    def append(self, *records: Record) -> None:
+        """Write records and wait for the disk, once. Raises OSError, and then nothing was acknowledged."""
+        lines = b"".join(_line(number, record) for number, record in enumerate(records, self._number + 1))
         try:
             written = 0
-            while written < len(line):
-                written += self._file.write(line[written:]) or 0
+            while written < len(lines):
+                written += self._file.write(lines[written:]) or 0
             os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(self._file.seek(self._end))
             raise
-        self._end += len(line)
-        self._number += 1
+        self._end += len(lines)
+        self._number += len(records)
 
     def close(self) -> None:
         """Give the file back; what was acknowledged stays."""

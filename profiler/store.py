@@ -142,11 +142,19 @@ class Store:
 
     def found(self, contest: Contest, candidate: str, finding: Finding) -> None:
         """Keep a finding; it is on the disk when this returns. Raises OSError."""
-        finding.digest = self._digests[Candidate.parse(candidate).kernel]
-        record = {"do": "found", **_named(contest), "candidate": candidate}
-        self._writer.append({**record, "finding": dataclasses.asdict(finding)})
-        self.findings(contest).found[candidate] = finding
-        self.attempts.pop((contest, candidate), None)
+        self.found_all(contest, {candidate: finding})
+
+    def found_all(self, contest: Contest, findings: Mapping[str, Finding]) -> None:
+        """Keep findings of several candidates, as one does. Raises OSError."""
+        records = []
+        for candidate, finding in findings.items():
+            finding.digest = self._digests[Candidate.parse(candidate).kernel]
+            record = {"do": "found", **_named(contest), "candidate": candidate}
+            records.append({**record, "finding": dataclasses.asdict(finding)})
+        self._writer.append(*records)
+        self.findings(contest).found.update(findings)
+        for candidate in findings:
+            self.attempts.pop((contest, candidate), None)
         self._dirty.add(contest)
 
     def add(self, contest: Contest, rounds: Sequence[Round]) -> None:

@@ -312,14 +312,19 @@ class _Run:
         if self._deadline is None or not todo:
             return (todo, None) if todo else None
         seen = [t for t in todo if self._store.findings(t.contest).rounds]
-        if seen and self._screened:
-            self._screened = False
-            return sorted(seen, key=lambda t: -self._matter(t)), self._end()
-        self._screened = True
+        matter = {t.contest: self._matter(t) for t in todo}
         heaviest: dict[object, float] = {}
         for task in todo:
-            key = kind_of(task.problem)
-            heaviest[key] = max(heaviest.get(key, 0.0), self._matter(task))
+            for key in (kind_of(task.problem), task.problem):
+                heaviest[key] = max(heaviest.get(key, 0.0), matter[task.contest])
+        if seen and self._screened:
+            self._screened = False
+            if self._sweep.device == "cpu":
+                return sorted(seen, key=lambda t: -matter[t.contest]), self._end()
+            # Timing is short there: to draw and bind a weight again for each problem would take most of the time.
+            seen.sort(key=lambda t: (-heaviest[kind_of(t.problem)], -heaviest[t.problem], t.problem.id))
+            return seen, self._end()
+        self._screened = True
         # Problems of one weight stay together, since it is packed once for all of them.
         unseen = [t for t in todo if t not in seen] or seen
         unseen.sort(key=lambda t: (t.role == "held_out", -heaviest[kind_of(t.problem)], -t.weight))
@@ -442,6 +447,10 @@ class _Run:
         """
         findings = self._store.findings(task.contest)
         tried = False
+        if self._sweep.device != "cpu":  # of the hundreds there most are not meant for a problem
+            new = [each for each in task.candidates if each.id not in findings.found and not _searches(each)]
+            if unmeant := {each.id: found for each in new if (found := _unmeant(task, each))}:
+                self._store.found_all(task.contest, unmeant)
         for candidate in self._unchecked(task):
             if self._late():
                 return False
@@ -620,18 +629,34 @@ def finalists(rounds: Sequence[Round], names: Sequence[str], default: str) -> li
     return [default, *sorted(ratios, key=lambda name: (-ratios[name], name))[:FINALISTS]]
 
 
+def _unmeant(task: Task, candidate: Candidate) -> Finding | None:
+    """What a worker would find of a candidate that is not for a problem; None where it has to be asked."""
+    kernel = pool.kernels()[candidate.kernel]
+    try:
+        # Not whether it is unavailable: that may open the device, which is for workers alone.
+        if (why := kernel.objection(task.problem)) is not None:
+            return Finding("unsupported", why.partition("\n")[0][:300])
+        if (why := kernel.suits(task.problem, candidate.params)) is not None:
+            return Finding("unsuited", why.partition("\n")[0][:300])
+    except Exception:  # a kernel of somebody's own may raise anything: it does so in a worker
+        return None
+    return None
+
+
 def _fatal(finding: Finding) -> bool:
     """Whether an exception may have left the process or its device unfit: any that Python itself does not raise
-    for a wrong argument."""
-    ordinary = ("NotImplementedError", "TypeError", "ValueError", "RuntimeError")
+    for a wrong argument, nor our launcher for a call that it does not take or the driver refused."""
+    python = ("NotImplementedError", "TypeError", "ValueError", "RuntimeError")
+    ordinary = (*python, "LaunchFailed", "Declined", "declined", "Misaligned", "Missing")
     return _of_device(finding) or (finding.status == "failed" and not finding.reason.startswith(ordinary))
 
 
 def _of_device(finding: Finding) -> bool:
     """Whether it is an error of a device, which may stay with the process."""
     words = ("CUDA", "cuBLAS", "HIP", "device-side", "illegal")
+    refused = "LaunchFailed: " in finding.reason  # what stays has another name, and is a crash
     return finding.status == "crashed" or (
-        finding.status == "failed" and any(word in finding.reason for word in words)
+        finding.status == "failed" and not refused and any(word in finding.reason for word in words)
     )
 
 

@@ -15,7 +15,7 @@ rm -rf wheels
   --platform manylinux_2_12_x86_64 --platform manylinux2010_x86_64 --platform manylinux1_x86_64 \
   -c constraints.txt -d wheels \
   pydantic pydantic_core annotated-types typing_extensions typing-inspection \
-  psutil nvidia-cutlass \
+  psutil nvidia-cutlass nvidia-ml-py \
   click jinja2 MarkupSafe pyyaml rich markdown-it-py mdurl Pygments pytest pluggy iniconfig packaging "$@"
 
 mb=$(du -sm wheels | cut -f1)

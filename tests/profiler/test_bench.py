@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,34 @@ def test_cold_rotates_weights_and_inputs_that_no_other_candidate_has_and_warm_do
     assert not spies[0].weights & spies[1].weights
     assert (len(spies[0].weights) > 1) == copies
     assert (len(set(spies[0].inputs)) > 1) == copies
+
+
+def test_inputs_are_drawn_once_for_all_candidates_and_copies_of_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, drawn = pool.operator("linear"), []
+
+    def noted(problem: Problem, generator: torch.Generator, draw: str) -> object:
+        drawn.append(problem)
+        return operator.make_inputs(problem, generator, draw)
+
+    monkeypatch.setitem(pool.operators(), "linear", replace(operator, make_inputs=noted))
+    bench = Bench(0, "cold")
+    first, second = bench._inputs(PROBLEM), bench._inputs(PROBLEM)
+    assert first.static[0] is second.static[0], "the weight is kept"
+    assert not torch.equal(first.dynamic[0].fill_(7.0), second.dynamic[0]), "what may be changed is not"
+    others = [bench._another(PROBLEM, copy)[0] for copy in (1, 2)]
+    assert torch.equal(others[0], second.dynamic[0]) and others[0].data_ptr() != others[1].data_ptr()
+    assert drawn == [PROBLEM]
+
+
+def test_who_is_out_of_the_race_is_not_bound_again(fault: Callable[..., str]) -> None:
+    spies = [Spy(), Spy()]
+    ids = [fault(f"spy{i}", spy.bind) for i, spy in enumerate(spies)]
+    names = ("torch.linear", *ids)
+    last = Round(10, 0, {"torch.linear": 1000, ids[1]: 1000})
+    earlier = [Round(i, 0, dict.fromkeys(names, 1000)) for i in range(10)]
+    job = Job(PROBLEM, names, StoppingRule(6, 6, 0.01, 0.02), 1, (*earlier, last), recheck=False)
+    timed(Bench(0, "cold"), job)
+    assert not spies[0].weights and spies[1].weights
 
 
 def test_a_problem_too_small_to_rotate_beyond_the_cache_has_it_emptied(monkeypatch: pytest.MonkeyPatch) -> None:

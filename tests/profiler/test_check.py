@@ -7,17 +7,20 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dks.dispatch import pool
-from dks.dispatch.kernel import Declined, Kernel, Run, relative_error
+from dks.dispatch.kernel import PERIOD, Declined, Inputs, Kernel, Run, draw_normal, parts, relative_error
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.profiler.check import Checker, Verdict
-from dks.profiler.draws import same, tensors
+from dks.profiler.config import load
+from dks.profiler.draws import redrawn, same, tensors
 from dks.profiler.gaps import gap
 from tests.profiler import wrong_kernels as wrong
 
@@ -473,3 +476,40 @@ def test_no_good_kernel_is_out(op: str, traits: dict[str, str], statics: dict[st
             )
             if verdict.status == "ok":
                 assert set(verdict.errors) == {"normal", "outliers"} and not verdict.poisoned
+
+
+def test_more_numbers_than_are_drawn_are_redrawn_in_moments() -> None:
+    x = draw_normal((3, PERIOD), torch.Generator().manual_seed(0), 2.0, torch.bfloat16)
+    y = redrawn(x, torch.Generator().manual_seed(1))
+    assert y.shape == x.shape and y.dtype == x.dtype and bool(((x == y).float().mean(dim=1) < 0.01).all())
+    assert y.float().std().item() == pytest.approx(0.5, rel=0.01) and abs(y.float().mean().item()) < 1e-3
+    x[1, 5] = torch.nan
+    y = redrawn(x, torch.Generator().manual_seed(1))
+    assert torch.equal(y.isnan(), x.isnan()) and 0.4 < (x == y).float().mean() < 0.6
+
+
+def test_references_are_made_on_the_device_of_their_inputs() -> None:
+    seen = set()
+    for config in sorted(Path("configs").glob("*.yaml")):
+        for part in load(config, "cuda").operators if "gpu" in config.name or "h200" in config.name else ():
+            operator = pool.operator(part.op)
+            for problem in [each.problem for each in part.problems]:
+                # This PyTorch can't index what only pretends to lie on a GPU.
+                if (problem.op, problem.traits) in seen or problem.op in ("paged_attention", "rotary"):
+                    continue
+                seen.add((problem.op, problem.traits))
+                small = replace(
+                    problem, dims=tuple((n, 9 if n in operator.dynamic else d) for n, d in problem.dims)
+                )
+                made = operator.make_inputs(small, torch.Generator().manual_seed(0), "normal")
+                with FakeTensorMode():
+                    inputs = Inputs(*(tuple(map(_pretended, each)) for each in (made.static, made.dynamic)))
+                    found = parts(operator.reference(small, inputs))
+                assert {(y.device.type, y.dtype) for y in found} == {("cuda", torch.float64)}, small
+    assert {op for op, _ in seen} >= {"attention", "linear", "softmax", "rms_norm"}
+
+
+def _pretended(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda:0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from dks.profiler.device import (
     HOLD,
     MAX_COPIES_GPU,
     MOST_HOLD,
+    MOST_IDLE,
     Gpu,
     Host,
     Uncapturable,
@@ -50,7 +52,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.said: list[str] = []
-        self.allocated = 1000
+        self.allocated, self.idle = 1000, 0
         self.left: Exception | None = None
         self.late: list[bool] = []
         self.replays: list[Callable[[], object]] = []
@@ -92,6 +94,13 @@ class FakeCuda:
 
     def memory_allocated(self, _: torch.device) -> int:
         return self.allocated
+
+    def memory_reserved(self, _: torch.device) -> int:
+        return self.allocated + self.idle
+
+    def empty_cache(self) -> None:
+        self.said.append("empty")
+        self.idle = 0
 
     def max_memory_allocated(self, _: torch.device) -> int:
         return self.allocated + 4096
@@ -250,6 +259,30 @@ def test_a_replay_that_the_host_launched_too_late_is_not_timed(gpu: Gpu, cuda: F
     assert cuda.said[-5] == f"sleep {MOST_HOLD}"
 
 
+def test_what_no_tensor_has_is_given_back_before_a_capture_and_outputs_nobody_asks_for_are_not_kept(
+    gpu: Gpu, cuda: FakeCuda
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def call() -> torch.Tensor:
+        made.append(weakref.ref(y := torch.ones(2)))
+        return y
+
+    cuda.idle = MOST_IDLE + 1
+    graphs = [gpu.captured(call, (), keep) for keep in (True, False)]
+    assert cuda.said.count("empty") == 1 and cuda.said.index("empty") < cuda.said.index("begin 0 in pool 1")
+    assert [each() is not None for each in made] == [False, True, False, False]
+    assert len(graphs) == 2
+
+
+def test_a_host_that_was_held_up_once_is_not_waited_for_ever_after(gpu: Gpu, cuda: FakeCuda) -> None:
+    replay = gpu.captured(lambda: torch.ones(2), ())
+    cuda.late = [True] * 30 + [False] * 200
+    for _ in range(230):
+        gpu.replayed(replay)
+    assert cuda.said[-5] == f"sleep {HOLD}"
+
+
 def test_what_a_replay_returns_is_a_copy_of_what_it_wrote(gpu: Gpu, cuda: FakeCuda) -> None:
     written = (torch.zeros(2), torch.zeros(3))
     cuda.replays = [lambda: [t.add_(1) for t in written], lambda: written[0].add_(1)]
@@ -339,6 +372,18 @@ def test_what_changed_in_place_must_reach_a_replay(gpu: Gpu, cuda: FakeCuda) -> 
     assert bench.check(LINEAR, Candidate.parse("torch.linear"))[0].status == "ok"
     late = [found for found in bench.time(job) if isinstance(found, tuple)]
     assert {name: found.status for name, found in late} == dict.fromkeys(job.names, "wrong_result")
+
+
+def test_what_is_right_at_once_is_judged_again_only_as_a_graph(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, _ = in_graphs(gpu)
+    checked: list[Problem] = []
+    check = bench._checker.check
+    monkeypatch.setattr(bench._checker, "check", lambda *asked: checked.append(asked[0]) or check(*asked))  # type: ignore[func-returns-value]
+    linear, other = Candidate.parse("torch.linear"), dataclasses.replace(LINEAR, align=16)
+    found = [bench.check(LINEAR, linear, mode)[0].status for mode in ("eager", "graph", "eager")]
+    assert found == ["ok", "wrong_result", "ok"] and checked == [LINEAR, LINEAR]
+    bench.check(other, linear, "graph")
+    assert checked[2:] == [other], "nothing is known of another problem"
 
 
 def test_a_candidate_that_no_graph_holds_fails_in_graphs_alone(gpu: Gpu, cuda: FakeCuda) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from dks.dispatch import pool
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, read_run
-from dks.dispatch.problem import Problem
+from dks.dispatch.problem import Candidate, Problem
 from dks.profiler import isolation, journal
 from dks.profiler import sweep as sweep_module
 from dks.profiler.cli import cli
@@ -31,6 +32,7 @@ device: cuda:0
 operators:
   linear:
     bins: {m: {scheme: explicit, edges: [1, 8]}}
+    candidates: [torch.*]
     problems:
       - {dims: {n: 32, k: 32}, traits: {dtype: float32, epilogue: gelu}}
 measure: {min_rounds: 10, max_rounds: 20, processes: 2, modes: [eager, graph], held_out: false}
@@ -78,6 +80,22 @@ def test_each_mode_is_raced_by_itself_and_has_a_file(config: Path, folder: Path)
     assert all((row.ratio_high or 9) < 1 for row in rows(folder, "graph"))
     for path in folder.glob("*.parquet"):
         assert len({row.mode for row in read_run(folder) if row.problem in path.name}) <= 1
+
+
+def test_what_is_not_meant_for_a_problem_is_said_without_asking_a_process(config: Path, folder: Path) -> None:
+    config.write_text(
+        CONFIG.replace("candidates: [torch.*]", "candidates: [torch.*, triton.*]").replace("float32", "bfloat16")
+    )
+    asked = machine()
+    asked.times = asked.graph_times = lambda problem, name: 1e5
+    sweep(config, folder, asked)
+    unsuited = {row.candidate for row in read_run(folder) if row.status in ("unsuited", "unsupported")}
+    assert len(unsuited) > 100 and all(row.reason for row in read_run(folder) if row.status == "unsuited")
+    for problem, name in asked.checked:
+        kernel, candidate = pool.kernels()[Candidate.parse(name).kernel], Candidate.parse(name)
+        assert not (
+            kernel.objection(Problem.parse(problem)) or kernel.suits(Problem.parse(problem), candidate.params)
+        )
 
 
 def test_a_resume_tells_the_modes_apart(config: Path, folder: Path) -> None:

@@ -382,6 +382,24 @@ def test_an_unknown_device_error_ends_its_process(config: Path, folder: Path) ->
     assert machine.started > plain.started
 
 
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "LaunchFailed: the driver answered 1 CUDA_ERROR_INVALID_VALUE: invalid argument on normal data, m=3@64",
+        "declined on normal data, m=3@64: a value is outside the range of its argument",
+        "Misaligned: an address is not aligned as the program needs it in bind",
+    ],
+)
+def test_what_the_launcher_refuses_costs_no_process(config: Path, folder: Path, reason: str) -> None:
+    refused, plain = (
+        FakeMachine(faults={"torch.addmm": Finding("failed", why)})
+        for why in (reason, "RuntimeError: no such thing")
+    )
+    sweep(config, folder, refused)
+    sweep(config, folder, plain, fresh=True)
+    assert refused.started == plain.started
+
+
 def test_the_same_fault_on_every_candidate_stops_the_sweep(config: Path, folder: Path) -> None:
     all_of_them = {c.id: crashed(c.id) for c in pool.candidates_for("linear", "cpu")}
     with pytest.raises(BadInput, match=r"same fault on all .* broken"):

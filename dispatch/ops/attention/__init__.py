@@ -44,7 +44,7 @@ def reference(problem: Problem, inputs: Inputs) -> torch.Tensor:
     wide_k, wide_v = (t.double().repeat_interleave(groups, dim=1) for t in (k, v))
     scores = (q.double() @ wide_k.transpose(-1, -2)) * scale
     if problem.trait("causal") == "yes":
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
         scores.masked_fill_(hidden, float("-inf"))
     if mask is not None:
         scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.double()

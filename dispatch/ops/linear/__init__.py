@@ -17,7 +17,7 @@ def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inpu
     """weight ~ N(0, 1/k), so that outputs have unit variance on normal data; x (m, k), residual (m, n)."""
     dtype = DTYPES[problem.trait("dtype")]
     m, n, k = (problem.dim(name) for name in ("m", "n", "k"))
-    weight = draw_normal((n, k), generator).div_(k**0.5).to(dtype)
+    weight = draw_normal((n, k), generator, k**0.5, dtype)
     bias = torch.randn((n,), generator=generator).to(dtype) if problem.trait("bias") == "yes" else None
     x = draw_activations((m, k), generator, draw).to(dtype)  # last, so that the weight is the same for every m
     dynamic = [aligned(x, problem.align)]

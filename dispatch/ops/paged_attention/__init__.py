@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned
+from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned, draw_normal
 from dks.dispatch.ops.paged_attention.serve import PagedAttentionServer
 from dks.dispatch.problem import Problem, alignment
 
@@ -35,7 +35,7 @@ def make_inputs(problem: Problem, generator: torch.Generator, _draw: str) -> Inp
         row[: len(mine)] = mine
 
     def cache() -> torch.Tensor:
-        made = torch.randn((len(order), page, hkv, d), generator=generator).to(dtype)
+        made = draw_normal((len(order), page, hkv, d), generator, dtype=dtype)
         made[order[-1]] = torch.nan
         for row, count, length in zip(block_table, pages, lengths.tolist(), strict=True):
             made[row[count - 1], length - (count - 1) * page :] = torch.nan
