@@ -10,7 +10,7 @@ from statistics import median
 import pytest
 import torch
 
-from dks.dispatch.environment import UNKNOWN, _driver, _driver_of
+from dks.dispatch.environment import UNKNOWN, _driver, _driver_by
 from dks.dispatch.modes import GRAPH
 from dks.profiler.device import Gpu
 from dks.profiler.interference import Watch
@@ -76,7 +76,7 @@ def test_replays_alone_disturb_no_window(gpu: Gpu) -> None:
 
 
 def test_the_driver_is_known_and_the_same_from_its_library() -> None:
-    assert _driver() not in (UNKNOWN, "") and _driver_of("libnvidia-ml.so.1") == _driver()
+    assert _driver() not in (UNKNOWN, "") and _driver_by("libnvidia-ml.so.1") == _driver()
 
 
 def test_asking_for_the_capability_does_not_open_the_device() -> None:
