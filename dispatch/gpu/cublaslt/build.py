@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from pathlib import Path
 
-from dks.dispatch import trust
-from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch import compiler, trust
 from dks.dispatch.gpu.cublaslt.library import HERE, digest
 from dks.dispatch.tiles import build
 
@@ -24,31 +22,9 @@ def compile_into(folder: Path) -> str:
     Returns:
         Why it failed, or an empty text.
     """
-    compiler, reason = find_compiler()
-    if reason:
-        return reason
-    try:
-        with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as name:
-            made = Path(name) / BINARY
-            source = str(HERE / "cublaslt.cpp")
-            command = [
-                *compiler,
-                *FLAGS,
-                f'-DDKS_SOURCE="{digest()}"',
-                "-iquote",
-                str(HERE),
-                source,
-                "-o",
-                BINARY,
-                "-ldl",
-            ]
-            code, output = run_compiler(command, made.parent)
-            if code != 0 or not made.is_file():
-                return failure(compiler, code, output)
-            made.replace(folder / BINARY)
-    except OSError as error:
-        return f"{folder}: {error.strerror or error}"
-    return ""
+    source, libraries = str(HERE / "cublaslt.cpp"), ("-ldl",)
+    flags = (*FLAGS, f'-DDKS_SOURCE="{digest()}"', "-iquote", str(HERE))
+    return compiler.build(folder / BINARY, [*flags, source, *libraries])
 
 
 def cached() -> tuple[Path | None, str]:
