@@ -101,7 +101,7 @@ def test_every_candidate_of_the_pool_is_accounted_for(runtime: Runtime) -> None:
     assert lines[start + 4] == "not measured"
     named = {"torch.linear", "mkldnn.linear_packed", "torch.addmm", "torch.linear_inplace", "mkl.linear_packed"}
     unmeasured = {item.split(" (")[0] for item in lines[start + 5].strip().split(", ")}
-    assert unmeasured == {kernel.id for kernel in pool.kernels_for("linear")} - named
+    assert unmeasured == {kernel.id for kernel in pool.kernels_for("linear", "cpu")} - named
 
 
 def test_the_default_has_samples_and_no_ratio_to_itself(runtime: Runtime) -> None:

@@ -146,7 +146,7 @@ def test_the_most_frequent_are_kept_and_the_rest_is_said() -> None:
 
 
 def test_what_no_sweep_takes_or_the_table_serves_by_now_is_left_and_said() -> None:
-    half = Problem.of("linear", TRAITS | {"dtype": "float16"}, {"m": 1, "n": 64, "k": 32})
+    half = Problem.of("linear", TRAITS | {"dtype": "float64"}, {"m": 1, "n": 64, "k": 32})
     heads = Problem.of(
         "attention",
         {"dtype": "float32", "mask": "none", "causal": "no", "layout": "bshd"},
@@ -162,7 +162,7 @@ def test_what_no_sweep_takes_or_the_table_serves_by_now_is_left_and_said() -> No
     )
     assert sweep.size == 0
     left = "\n".join(sweep.left)
-    assert "2 calls with dtype=float16, which no sweep of linear takes" in left
+    assert "2 calls with dtype=float64, which no sweep of linear takes" in left
     assert "3 calls of attention" in left and "4 calls that the table serves by now" in left
 
 

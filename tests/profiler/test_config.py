@@ -79,7 +79,10 @@ def test_a_config_of_the_project_loads(path: Path) -> None:
     assert sweep.name == path.stem.replace("-", "_")
     for part in sweep.operators:
         assert part.problems
-        assert part.candidates == tuple(pool.candidates_for(part.op, sweep.device))
+        known = tuple(pool.candidates_for(part.op, sweep.device))
+        if sweep.name != "gpu_smoke":  # that one takes one CUTLASS kernel of each kind, which are slow to compile
+            assert part.candidates == known
+        assert set(part.candidates) <= set(known) and part.candidates[0].kernel == pool.operator(part.op).default
         assert tuple(part.bins) == pool.operator(part.op).dynamic
         assert all(each.weight >= 0 for each in part.problems)
 
