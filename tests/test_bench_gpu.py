@@ -193,8 +193,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def quick(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two copies and one thread: what is timed are sums of a few numbers."""
+    """Two copies and one thread: what is timed are sums of a few numbers. Nothing is compiled: it takes seconds."""
     monkeypatch.setattr(gpu, "MOST_COPIES", 2)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
