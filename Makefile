@@ -21,7 +21,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt scripts/setup.sh
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_INDEX="$(TORCH_INDEX)" sh scripts/setup.sh "$*"
 	@touch $@
 
-test: setup ## run the tests (no GPU, some 14 minutes on 2 cores: it compiles and sanitizes kernels)
+test: setup ## run the tests (no GPU, some 16 minutes on 2 cores: it compiles and sanitizes kernels)
 	$(BIN)/python -m pytest -q
 
 soak: setup ## the long forms of the tests: kills, mutated files, every kernel on a wide grid, swaps under load, GPU programs
