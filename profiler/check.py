@@ -270,19 +270,20 @@ def _expect_meant(kernel: Kernel, problem: Problem, candidate: Candidate) -> Non
         raise Rejected("unsupported", why)
     if (why := kernel.suits(problem, candidate.params)) is not None:
         raise Rejected("unsuited", why)
+    lack = None
     try:
         if kernel.unit is not None:
-            library.function(kernel.unit(problem, candidate.params))
+            lack = library.lack(kernel.unit(problem, candidate.params))
         if kernel.programs is not None:
             programs.plan([(each, {}) for each in kernel.programs(problem, candidate.params)])
         if kernel.configuration is not None:
             lack = cutlass_library.lack(kernel.configuration(problem, candidate.params))
-            if lack is not None:
-                raise Missing(lack)
     except Unsuited as error:
         raise Rejected("unsuited", str(error)) from None
     except Missing as error:
-        raise Rejected("not_compiled", str(error)) from None
+        lack = str(error)
+    if lack is not None:
+        raise Rejected("not_compiled", lack)
 
 
 def _joined(*parts: str) -> str:

@@ -103,7 +103,7 @@ class Nvml:
     ) -> tuple[float | None, str]:
         """Energy of one call, as the mean over calls back to back: all that the GPU drew, its idle power included.
 
-        The counter moves every 20 to 100 ms, so ten seconds are exact to one per cent, and less than one lies.
+        The counter moves in steps of its own; ten seconds hold many of them, and a short window few.
 
         Args:
             call: what to run, again and again; warm.

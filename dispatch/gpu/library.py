@@ -63,12 +63,3 @@ def ships(programs: Sequence[Program]) -> bool:
 
 def _kernels(library: Library) -> dict[tuple[str, str], Kernel]:
     return {(kernel.symbol, kernel.program): kernel for kernel in library.embedded().values()}
-
-
-def lack(programs: Sequence[Program]) -> str | None:
-    """Why this process can't launch them, or None."""
-    try:
-        plan([(program, {}) for program in programs])
-    except Missing as error:
-        return str(error)
-    return None

@@ -16,6 +16,7 @@ from dks.dispatch.gpu.launch import ContextLost, LaunchFailed, Misaligned, Plan,
 from dks.dispatch.gpu.library import Steps
 from dks.dispatch.gpu.program import Argument, Program
 from dks.dispatch.kernel import Declined
+from dks.dispatch.tiles.library import Missing
 from tests.gpu.conftest import Fake, Open
 from tests.gpu.cubins import ARGUMENTS, made
 
@@ -203,4 +204,5 @@ def test_no_loaded_package_is_said_in_words() -> None:
     assert library._locate is library._nowhere
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Program, "digest", lambda _: "0")
-        assert "no loaded package ships it" in (library.lack([missing]) or "")
+        with pytest.raises(Missing, match="no loaded package ships it"):
+            library.plan([(missing, {})])
