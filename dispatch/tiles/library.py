@@ -69,8 +69,11 @@ def function(unit: Unit) -> Callable[..., int]:
     """The C function of a unit: takes addresses and sizes as its kind's signature in ``abi.h`` has them.
 
     Raises:
-        Missing: it is not there, or its library can't be loaded.
+        Missing: it is not there, its library can't be loaded, or this CPU lacks its instructions: calling it would
+            end the process.
     """
+    if (reason := unit.needs.lack()) is not None:
+        raise Missing(f"{unit.symbol}: {reason}")
     for library in _shipped.values():
         if _has(library, unit):
             return _typed(library, unit)
