@@ -50,6 +50,13 @@ def unavailable() -> str | None:
     return None if found else "this torch is built without oneDNN"
 
 
+def lacks_bf16() -> str | None:
+    """Why oneDNN computes nothing in bf16 here, or None."""
+    if (why := unavailable()) is not None:
+        return why
+    return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "oneDNN computes no bf16 on this CPU"
+
+
 KERNEL = Kernel(
     id="mkldnn.linear_packed",
     op="linear",
@@ -57,6 +64,7 @@ KERNEL = Kernel(
     bind=bind,
     form="oneDNN blocked layout",
     form_bytes=lambda p: p.dim("n") * p.dim("k") * DTYPES[p.trait("dtype")].itemsize,
+    supports=lambda problem: lacks_bf16() if problem.trait("dtype") == "bfloat16" else None,
     unavailable=unavailable,
     rank=3,
 )

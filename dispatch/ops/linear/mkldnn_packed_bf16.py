@@ -23,6 +23,6 @@ KERNEL = Kernel(
     bind=bind,
     form="oneDNN blocked layout, bf16",
     form_bytes=lambda p: p.dim("n") * p.dim("k") * 2,
-    unavailable=mkldnn_packed.unavailable,
+    unavailable=mkldnn_packed.lacks_bf16,
     rank=5,
 )

@@ -6,7 +6,7 @@ import torch
 
 from dks.dispatch.kernel import Kernel, Run
 from dks.dispatch.ops.linear.epilogue import onednn_fused
-from dks.dispatch.ops.linear.quantize import hush, per_channel_int8, value_range
+from dks.dispatch.ops.linear.quantize import hush, onednn_saturates, per_channel_int8, value_range
 from dks.dispatch.problem import Precision, Problem
 
 _TINY = 1e-30  # a scale of zero would divide zero by zero for an input of zeros
@@ -44,7 +44,9 @@ def bind(
 
 def unavailable() -> str | None:
     """Why torch can't run it here, or None."""
-    return None if hasattr(torch.ops.onednn, "qlinear_pointwise") else "this torch has no oneDNN qlinear"
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return "this torch has no oneDNN qlinear"
+    return onednn_saturates()
 
 
 KERNEL = Kernel(

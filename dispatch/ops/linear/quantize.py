@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from dks.dispatch.environment import cpu_flags
 from dks.dispatch.kernel import Declined
 
 
@@ -52,3 +53,15 @@ def hush() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         torch.quantize_per_tensor(torch.zeros(1, device="cpu"), 1.0, 0, torch.quint8)
+
+
+def onednn_saturates() -> str | None:
+    """Why oneDNN's int8 products are wrong on this CPU, or None.
+
+    Without VNNI, x86 adds pairs of products in 16 bits, which saturate unless one bit is left unused; oneDNN leaves
+    none: https://oneapi-src.github.io/oneDNN/dev_guide_int8_computations.html
+    """
+    flags = cpu_flags()
+    if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"}:
+        return "this CPU has no VNNI: the 16-bit sums of oneDNN's int8 products saturate"
+    return None

@@ -11,7 +11,7 @@ import torch
 
 from dks.dispatch.kernel import DTYPES, Declined, Kernel, Run
 from dks.dispatch.ops.linear.epilogue import fused_in_place
-from dks.dispatch.ops.linear.quantize import hush, per_channel_int8, value_range
+from dks.dispatch.ops.linear.quantize import hush, onednn_saturates, per_channel_int8, value_range
 from dks.dispatch.problem import Precision, Problem
 
 # The engine is chosen by a process-wide setting, and only while packing: the packed weight remembers it.
@@ -61,7 +61,9 @@ def dynamic_int8(engine: str) -> Kernel:
 
     def unavailable() -> str | None:
         engines = torch.backends.quantized.supported_engines
-        return None if engine in engines else f"this torch has the engines {', '.join(engines)}"
+        if engine not in engines:
+            return f"this torch has the engines {', '.join(engines)}"
+        return onednn_saturates() if engine == "onednn" else None
 
     return Kernel(
         id=f"quantized.dynamic_{engine}",
