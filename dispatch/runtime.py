@@ -282,12 +282,18 @@ class Runtime:
         sweep = misses.plan(self.misses.snapshot(), now.table, self.misses.others)
         return misses.export(Path(path), sweep, self.name, now.device)
 
+    def lookup(self) -> dict[str, str]:
+        """Which form of the lookup answers each operator's calls: "compiled", or "python: why"."""
+        late = "it was loaded before a package that brought the compiled fast path"
+        form = "compiled" if self.serial is not None else f"python: {native.why or late}"
+        return dict.fromkeys(self._servers, form)
+
     def stats(self) -> dict[str, Any]:
         """Hits, misses and fallbacks since the import; ``reasons`` has every name in a sentence.
 
         Returns:
-            ``table``: "serving" or "refused: why"; ``generation``: the hash of what serves; ``lookup``:
-            "compiled", or "python: why"; ``ops``: by operator, ``hits`` by match (exact, bin, nearest) and
+            ``table``: "serving" or "refused: why"; ``generation``: the hash of what serves; ``lookup``: by
+            operator, "compiled" or "python: why"; ``ops``: by operator, ``hits`` by match (exact, bin, nearest) and
             ``fallbacks`` by reason; each call that returned is counted once, also inside compiled graphs.
             ``failed``: the last error of each candidate that could not be bound or launched; ``switched_off``:
             how often each was switched off for failing. ``declined``: why each candidate last left a call to
@@ -302,7 +308,7 @@ class Runtime:
         return {
             "table": "serving" if now.refused is None else f"refused: {now.refused}",
             "generation": now.hash,
-            "lookup": "compiled" if self.serial is not None else f"python: {native.why}",
+            "lookup": self.lookup(),
             "ops": ops,
             "failed": dict(self.failures),
             "switched_off": dict(self.switched_off),

@@ -157,8 +157,10 @@ class Dispatch:
 
 
 class Unknown:
-    """What serves a call that the table has no group for: the framework. Made anew for each, and kept nowhere, so that
-    nothing grows with the shapes that come."""
+    """What serves a call that the table has no group for: the framework.
+
+    Made anew for each such call and kept nowhere, so that nothing grows with the shapes that come.
+    """
 
     __slots__ = ("_plan", "_runtime")
 
