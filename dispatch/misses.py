@@ -89,6 +89,11 @@ class Misses:
         return sorted(found, key=lambda m: (-m.calls, m.problem.id, m.sizes, m.align, m.reason))
 
     @property
+    def kept(self) -> int:
+        """Distinct shapes so far."""
+        return len(self._counts)
+
+    @property
     def others(self) -> int:
         """Calls whose shapes were too many to keep."""
         return _seen(self._others)
