@@ -187,7 +187,8 @@ def _make_room(series: Iterable[tuple[Family, Labels]]) -> None:
         kind = "counter" if family.kind == "counter" else f"gauge_{MODE}"
         needed[kind] = needed.get(kind, 0) + SERIES_BYTES + len(family.text) + 6 * sum(map(len, labels))
     for kind, more in needed.items():
-        file = os.open(Path(os.environ[FOLDER]) / f"{kind}_{os.getpid()}.db", os.O_RDWR | os.O_CREAT, 0o666)
+        path = Path(os.environ[FOLDER]) / f"{kind}_{os.getpid()}.db"
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             size = max(os.fstat(file).st_size, FIRST_BYTES)
             used = int.from_bytes(os.pread(file, 4, 0), sys.byteorder)
@@ -195,6 +196,8 @@ def _make_room(series: Iterable[tuple[Family, Labels]]) -> None:
                 size *= 2
             os.posix_fallocate(file, 0, size)
         except OSError as error:
+            if not os.fstat(file).st_size:  # no scrape could read it
+                path.unlink(missing_ok=True)
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that can't promise room
                 raise
         finally:
