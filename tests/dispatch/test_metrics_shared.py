@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_warning_and_loses_nothing(
                 served(runtime, 8)
                 shared().write()
         assert len(said) == 1
-        assert of_all(folder) == {} and not list(folder.iterdir()), "no file that a page is missing for, or a scrape"
+        assert of_all(folder) == {} and not list(folder.iterdir()), "no file that a scrape trips over"
     served(runtime, 8)
     shared().write()
     assert of_all(folder)[EXACT] == 4
