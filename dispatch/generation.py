@@ -71,8 +71,9 @@ class Generation:
         blocked: what calls are counted as where it is refused, a name in ``reasons``; else None.
         serial: a number of its own in this process.
         modes: in which its table tells calls apart: eager, and graph where it was measured.
-        dispatches: the bound kernels of calls without preparation, by operator and key.
-        fast: the compiled forms of functional calls, by operator.
+        dispatches: the bound kernels of calls without preparation, by operator and key. Only what the table has a
+            group for is kept, so that the table bounds it, whatever shapes come.
+        fast: the compiled forms of functional calls, by operator; bounded likewise.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Generation:
         self.fast: dict[str, Any] = {}
         self.modes = tuple(dict.fromkeys((modes.EAGER, *(modes.mode_of(group.form) for group in table.groups))))
         self._groups = {group.key: index for index, group in enumerate(table.groups)}
-        self._plans: dict[tuple[object, ...], Plan] = {}
+        self._plans: dict[int, Plan] = {}  # by group
         self._needs = tuple(rule.align for rule in table.rules)
 
     def __str__(self) -> str:
@@ -112,24 +113,21 @@ class Generation:
         return [f"entries of {kernel} are switched off: {why}" for kernel, why in found.items()]
 
     def plan(self, op: str, form: str, traits: Mapping[str, str], statics: Mapping[str, int]) -> Plan:
-        """The plan for exactly these traits and static dims; cached, never fails."""
-        key = (op, form, tuple(sorted(traits.items())), tuple(statics.items()))
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._make_plan(key, op, traits, statics)
-        return plan
+        """The plan for exactly these traits and static dims; never fails. Cached where the table has a group."""
+        sorted_traits = tuple(sorted(traits.items()))
+        index = self._groups.get((op, form, sorted_traits, tuple(statics.items())))
+        if self.refused is None and index is not None:
+            plan = self._plans.get(index)
+            return self._plans.setdefault(index, self._make_plan(index)) if plan is None else plan
+        # Not checked as a problem that is to be measured is: a call may have any sizes.
+        dims = tuple((name, statics.get(name, 1)) for name in pool.operator(op).dims)
+        return Plan(Problem(op, sorted_traits, dims), blocked=self.blocked or "unknown_shape")
 
-    def _make_plan(
-        self, key: tuple[object, ...], op: str, traits: Mapping[str, str], statics: Mapping[str, int]
-    ) -> Plan:
-        dims = {name: statics.get(name, 1) for name in pool.operator(op).dims}
-        problem = Problem.of(op, traits, dims)
-        if self.refused is not None:
-            return Plan(problem, blocked=self.blocked)
-        index = self._groups.get(key)
-        if index is None:
-            return Plan(problem, blocked="unknown_shape")
+    def _make_plan(self, index: int) -> Plan:
         group = self.table.groups[index]
+        statics = dict(group.statics)
+        dims = {name: statics.get(name, 1) for name in pool.operator(group.op).dims}
+        problem = Problem.of(group.op, dict(group.traits), dims)
         used = sorted({rule for cells in group.cells.values() for rule in cells if rule >= 0})
         candidates = {
             rule: Candidate.parse(self.table.rules[rule].candidate)

@@ -1,6 +1,6 @@
 """Which calls the table could not serve well, how often, and the sweep that would measure them.
 
-``Misses.of`` is for serving: a look into a dict. ``export`` writes a config that ``dks-profile run`` takes.
+``Misses.note`` is for serving: a look into a dict. ``export`` writes a config that ``dks-profile run`` takes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -62,25 +63,17 @@ class Misses:
         self._lock = threading.Lock()
 
     def of(self, problem: Problem) -> Note:
-        """What counts one call of ``problem``'s traits and static dims: (dynamic sizes, alignment, reason).
+        """``note`` for this problem: (dynamic sizes, alignment, reason)."""
+        return partial(self.note, problem)
 
-        A reason that measuring more would not change is left out. A shape that came before costs a look into a
-        dict; a problem is hashed for new shapes alone.
+    def note(self, problem: Problem, sizes: Sizes, align: int, reason: str) -> None:
+        """Count one call of ``problem``'s traits and static dims; its own sizes may be any.
+
+        A reason that measuring more would not change is left out.
         """
-        known: dict[_Key, count[int]] = {}
-
-        def note(sizes: Sizes, align: int, reason: str) -> None:
-            counter = known.get((sizes, align, reason))
-            if counter is None:
-                if reason not in LISTED:
-                    return
-                key = (sizes, align, reason)
-                counter = self._counter(problem, key)
-                if counter is not self._others:
-                    known[key] = counter
-            next(counter)
-
-        return note
+        if reason in LISTED:
+            key = (sizes, align, reason)
+            next(self._counts.get((problem, key)) or self._counter(problem, key))
 
     def _counter(self, problem: Problem, key: _Key) -> count[int]:
         if len(self._counts) >= self._most:  # nothing is ever taken out, so this needs no lock
@@ -94,6 +87,11 @@ class Misses:
         """What was noted so far, the most frequent first; equal ones in an order of their own."""
         found = [Missed(problem, *key, _seen(n)) for (problem, key), n in self._counts.copy().items()]
         return sorted(found, key=lambda m: (-m.calls, m.problem.id, m.sizes, m.align, m.reason))
+
+    @property
+    def kept(self) -> int:
+        """Distinct shapes so far."""
+        return len(self._counts)
 
     @property
     def others(self) -> int:
@@ -175,9 +173,11 @@ def _unmeasurable(miss: Missed) -> str:
         if value not in operator.traits[name]:
             return f"with {name}={value}, which no sweep of {operator.name} takes"
     statics = {name: miss.problem.dim(name) for name in operator.static}
+    if not all(1 <= size <= MAX_DIM for size in (*statics.values(), *miss.sizes)):
+        return "with a size outside 1..2^40"
     if odd := operator.odd_dims(statics):
         return f"of {operator.name} with {statics}: {odd}"
-    return "" if all(1 <= size <= MAX_DIM for size in miss.sizes) else "with a size outside 1..2^40"
+    return ""
 
 
 def _served(table: Table, group: Group | None, miss: Missed) -> str:

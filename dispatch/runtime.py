@@ -103,6 +103,8 @@ class Runtime:
         generation: what serves now. A call takes hold of it once.
         serial: the same for the compiled fast path, by number; None without one.
         layers: the prepared layers that are alive.
+        inherited: the calls, as ``stats`` has them, and ``misses.others`` that this process was forked with: its
+            parent counted them.
     """
 
     def __init__(self, name: str, generation: Generation, open: Open | None = None) -> None:
@@ -114,6 +116,7 @@ class Runtime:
         self.declined: dict[str, str] = {}
         self.switched_off: Counter[str] = Counter()
         self.layers: WeakSet[PreparedModule] = WeakSet()
+        self.inherited: tuple[dict[str, Any], int] = ({}, 0)
         self.lock = threading.RLock()  # for what changes which generation serves, or who is bound to it
         self.serial = None if native.module is None else native.module.Serial()
         self._counting = threading.Lock()  # never held while something is bound, as the other one is
@@ -138,6 +141,7 @@ class Runtime:
     def forked(self) -> None:
         """Let the framework serve from now on, if the table is for GPUs: called in the child of a fork. Takes no
         lock, since a thread that is not there any more may hold it, and binds nothing."""
+        self.inherited = (self._calls(), self.misses.others)
         now = self.generation
         if now.device != "cpu" and now.refused is None:
             self._previous = None
@@ -282,28 +286,37 @@ class Runtime:
         sweep = misses.plan(self.misses.snapshot(), now.table, self.misses.others)
         return misses.export(Path(path), sweep, self.name, now.device)
 
+    def _calls(self) -> dict[str, Any]:
+        ops: dict[str, Any] = {}
+        for op, outcomes in self.counters.snapshot().items():
+            hits = {name: n for name, n in outcomes.items() if name in MATCH_NAMES}
+            rest = {name: n for name, n in outcomes.items() if name not in MATCH_NAMES}
+            ops[op] = {"hits": hits, "fallbacks": rest}
+        return ops
+
+    def lookup(self) -> dict[str, str]:
+        """Which form of the lookup answers each operator's calls: "compiled", or "python: why"."""
+        late = "it was loaded before a package that brought the compiled fast path"
+        form = "compiled" if self.serial is not None else f"python: {native.why or late}"
+        return dict.fromkeys(self._servers, form)
+
     def stats(self) -> dict[str, Any]:
         """Hits, misses and fallbacks since the import; ``reasons`` has every name in a sentence.
 
         Returns:
-            ``table``: "serving" or "refused: why"; ``generation``: the hash of what serves; ``lookup``:
-            "compiled", or "python: why"; ``ops``: by operator, ``hits`` by match (exact, bin, nearest) and
+            ``table``: "serving" or "refused: why"; ``generation``: the hash of what serves; ``lookup``: by
+            operator, "compiled" or "python: why"; ``ops``: by operator, ``hits`` by match (exact, bin, nearest) and
             ``fallbacks`` by reason; each call that returned is counted once, also inside compiled graphs.
             ``failed``: the last error of each candidate that could not be bound or launched; ``switched_off``:
             how often each was switched off for failing. ``declined``: why each candidate last left a call to
             the framework.
         """
         now = self.generation
-        ops: dict[str, Any] = {}
-        for op, outcomes in self.counters.snapshot().items():
-            hits = {name: n for name, n in outcomes.items() if name in MATCH_NAMES}
-            rest = {name: n for name, n in outcomes.items() if name not in MATCH_NAMES}
-            ops[op] = {"hits": hits, "fallbacks": rest}
         return {
             "table": "serving" if now.refused is None else f"refused: {now.refused}",
             "generation": now.hash,
-            "lookup": "compiled" if self.serial is not None else f"python: {native.why}",
-            "ops": ops,
+            "lookup": self.lookup(),
+            "ops": self._calls(),
             "failed": dict(self.failures),
             "switched_off": dict(self.switched_off),
             "declined": dict(self.declined),

@@ -25,9 +25,6 @@ from dks.dispatch.table import Match
 _Output = TypeVar("_Output", bound=Output)
 
 NEAREST = int(Match.NEAREST)  # an enum's own comparison takes ten times as long
-UNMEASURABLE = frozenset({"refused", "forked"})
-"""Reasons to miss that no sweep would change."""
-
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -46,7 +43,7 @@ class Dispatch:
     Attributes:
         plan: of one generation.
         kernels: the bound kernels, by candidate id.
-        native: the compiled form of the plan, or None.
+        native: the compiled form of the plan, or None: the lookup is then the one in Python.
     """
 
     __slots__ = (
@@ -76,7 +73,6 @@ class Dispatch:
             if candidate.id in self.kernels
         }
         self._op = plan.problem.op
-        self._find = plan.find
         self._blocked = plan.blocked or ""
         self._failed: dict[str, count[int]] = {}
         self._runtime = runtime
@@ -84,6 +80,7 @@ class Dispatch:
         self._note = runtime.misses.of(plan.problem)
         self._hits = tuple(runtime.counters.counter(self._op, match) for match in MATCH_NAMES)
         self.native = self._compiled(is_framework)
+        self._find = plan.find if self.native is None else self.native.find
 
     def _compiled(self, is_framework: bool) -> Any:
         group = self.plan.group
@@ -130,8 +127,7 @@ class Dispatch:
         args: tuple[Any, ...],
     ) -> _Output:
         self._counters.add(self._op, reason)
-        if reason not in UNMEASURABLE:
-            self._note(sizes, align, reason)
+        self._note(sizes, align, reason)
         return framework(*args)
 
     def failed(self, rule: int, failure: Exception, framework: Callable[..., _Output], *args: Any) -> _Output:
@@ -158,6 +154,25 @@ class Dispatch:
             for rule, chosen in self.plan.candidates.items():
                 if chosen == candidate:
                     self.native.drop(rule)
+
+
+class Unknown:
+    """What serves a call that the table has no group for: the framework.
+
+    Made anew for each such call and kept nowhere, so that nothing grows with the shapes that come.
+    """
+
+    __slots__ = ("_plan", "_runtime")
+
+    def __init__(self, runtime: Runtime, plan: Plan) -> None:
+        self._runtime, self._plan = runtime, plan
+
+    def serve(self, framework: Callable[..., _Output], align: int, sizes: tuple[int, ...], *args: Any) -> _Output:
+        """``framework(*args)``, counted as ``Dispatch.serve`` counts it."""
+        problem, reason = self._plan.problem, self._plan.blocked or ""
+        self._runtime.counters.add(problem.op, reason)
+        self._runtime.misses.note(problem, sizes, align, reason)
+        return framework(*args)
 
 
 class Server:
@@ -200,8 +215,8 @@ class Server:
         question: Callable[[], Question],
         statics: int,
         quicken: Callable[[Generation, Dispatch], None] | None = None,
-    ) -> Dispatch:
-        """The dispatch of calls without preparation, cached by ``key``.
+    ) -> Dispatch | Unknown:
+        """The dispatch of calls without preparation, cached by ``key`` where the table has a group for them.
 
         Its kernels take the dynamic arguments and then the operator's ``statics`` constant ones, and bind
         those at each call: direct kernels use the caller's tensors as they are, so binding copies nothing. Where
@@ -216,6 +231,8 @@ class Server:
         found: Dispatch | None = generation.dispatches.get(key)
         if found is None:
             made = modes.plan(generation, *question(), mode)
+            if made.group is None:
+                return Unknown(self.runtime, made)
             kernels, problem = pool.kernels(), made.problem
 
             def late(candidate: Candidate) -> Launch:

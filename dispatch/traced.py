@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
@@ -27,6 +27,7 @@ DEVICES = ("cpu", "cuda")
 _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _runtimes: WeakValueDictionary[str, Runtime] = WeakValueDictionary()
 _layers: WeakValueDictionary[Hashable, PreparedModule] = WeakValueDictionary()
+_keys: WeakKeyDictionary[PreparedModule, Hashable] = WeakKeyDictionary()
 _missing: set[str] = set()
 _Tensor, _Parameter, _strided = torch.Tensor, torch.nn.Parameter, torch.strided
 
@@ -37,9 +38,13 @@ def enroll(runtime: Runtime) -> None:
 
 
 def remember(layer: PreparedModule, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Let graphs find ``layer``, which binds these parameters. Graphs hold its parameters, not the layer."""
-    runtime = layer.server.runtime
-    _layers[_layer_key(runtime.name, layer.server.op, weight, bias, layer.setting)] = layer
+    """Let graphs find ``layer``, which binds these parameters and no longer those that it bound before. Graphs hold
+    its parameters, not the layer."""
+    before = _keys.get(layer)
+    if before is not None and _layers.get(before) is layer:
+        del _layers[before]
+    key = _layer_key(layer.server.runtime.name, layer.server.op, weight, bias, layer.setting)
+    _keys[layer], _layers[key] = key, layer
 
 
 def _layer_key(

@@ -83,7 +83,7 @@ def test_the_table_and_its_candidates() -> None:
     runtime = made(dead={"mkldnn.linear_packed": "its source changed"}, hash="0123abcd")
     runtime.note_failure(Candidate("torch.linear"), RuntimeError("no"))
     samples = read(Collector(runtime))
-    assert ("dks_dispatch_table_info", "a", "0123abcd", runtime.stats()["lookup"]) in samples
+    assert ("dks_dispatch_table_info", "a", "0123abcd", runtime.stats()["lookup"]["linear"]) in samples
     assert samples["dks_dispatch_refused", "a"] == 0
     assert samples["dks_dispatch_candidates", "a", "switched_off", "mkldnn.linear_packed"] == 1
     assert samples["dks_dispatch_candidates", "a", "failed", "torch.linear"] == 1

@@ -145,7 +145,7 @@ def test_each_outcome_is_counted_and_says_what_explain_says() -> None:
     # Rows of 6 floats are 24 bytes apart: no output row but the first is 16-byte aligned.
     assert counts(runtime) == {"exact": 2, "bin": 1, "unmeasured": 1, "out_of_range": 1, "zero_sized": 1}
     stats = runtime.stats()
-    assert stats["table"] == "serving" and stats["lookup"] == "compiled" and stats["failed"] == {}
+    assert stats["table"] == "serving" and stats["lookup"]["linear"] == "compiled" and stats["failed"] == {}
     assert set(stats["ops"]["linear"]["hits"]) == {"exact", "bin"}
 
 
