@@ -17,6 +17,7 @@ import ctypes
 import os
 import zlib
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class Span:
         else:
             self.unit = STEP * -(-self.size // (PIECES * LARGE * STEP))
             self.calls = self.size // PIECES // self.unit
-        kind = type("Unit", (ctypes.Structure,), {"_fields_": [("bytes", ctypes.c_ubyte * self.unit)]})
+        kind: Any = type("Unit", (ctypes.Structure,), {"_fields_": [("bytes", ctypes.c_ubyte * self.unit)]})
         self._units = memoryview((kind * (self.size // self.unit)).from_address(self.address))
 
     def sum(self, call: int) -> int:
