@@ -30,8 +30,8 @@ class _Engine:
     def chosen(self, engine: str) -> Iterator[None]:
         with self._lock:
             self._usual = torch.backends.quantized.engine
-            torch.backends.quantized.engine = engine
             try:
+                torch.backends.quantized.engine = engine
                 yield
             finally:
                 self._back()
