@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Rule, Table
 from dks.dispatch.tiles import build, library
+from dks.dispatch.watch import Watch
 
 BLOCKS, BLOCK_S = 60, 2e-3
 HERE = Path(__file__).parent
@@ -160,6 +162,22 @@ def calling(candidate: str, kind: str, target: float | None) -> list[Row]:
     return found
 
 
+def looking() -> list[Row]:
+    """A prepared layer whose calls look at a part of its weight, against one whose calls do not."""
+    found = []
+    for m, n, k in SIZES:
+        x, weight, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
+        server = Runtime("bench", Generation(table("torch.addmm", n, k))).server("linear")
+        looks = server.prepare(weight, bias)
+        with mock.patch.object(Watch, "cover", lambda _: None):
+            trusts = server.prepare(weight, bias)
+        ours, peer = f"looks at all of it in {looks.scrub_calls} calls", "looks at no byte"
+        times = measure({ours: lambda f=looks, x=x: f(x), peer: lambda f=trusts, x=x: f(x)})  # type: ignore[misc]
+        call_us = statistics.median(times[peer]) / 1e3
+        found += rows(f"the weight, m={m} n={n} k={k}", f"linear, {call_us:.1f} us", ours, times, None)
+    return found
+
+
 def in_cpp() -> list[Row]:
     """The header form, by bench/dispatch.cpp: nanoseconds, no ratio."""
     command, why = find_compiler()
@@ -193,7 +211,7 @@ def main() -> None:
         raise SystemExit(f"there is no compiled fast path here: {why}")
     library.look_in(build.locate)
     with torch.inference_mode():
-        measured = [*choosing(), *calling("torch.linear", "same kernel", 0.98)]
+        measured = [*choosing(), *calling("torch.linear", "same kernel", 0.98), *looking()]
         if _has(TILE):
             measured += calling(TILE, "generated kernel", None)
     measured += in_cpp()

@@ -87,6 +87,8 @@ class Kernel:
         form: the weight form that ``bind`` makes, in words; empty where it uses the caller's tensors as
             they are, and then the kernel can also serve a call without preparation.
         form_bytes: bytes that the form adds, for a problem.
+        reads_in_place: whether its form is only where the constant arguments lie, so that it sees what is written
+            to them later.
         unprepared: (problem, params) -> Launch of the dynamic arguments and then the constant ones, of a kernel
             whose form is only where the weight lies: for calls without preparation, which say that each time.
         params: the parameter sets to measure; each makes one candidate.
@@ -118,6 +120,7 @@ class Kernel:
     bind: Callable[..., Launch]
     form: str = ""
     form_bytes: Callable[[Problem], int] = lambda _: 0
+    reads_in_place: bool = False
     unprepared: Callable[[Problem, Params], Launch] | None = None
     params: tuple[Params, ...] = ((),)
     unit: Callable[[Problem, Params], Unit] | None = None
@@ -144,6 +147,11 @@ class Kernel:
         if self.devices:
             return device in self.devices
         return device == "cpu" or not (self.form or self.unit)
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether what it binds holds values of the constant arguments, which later writes to them do not reach."""
+        return bool(self.form) and not self.reads_in_place
 
     def candidates(self) -> list[Candidate]:
         """One candidate for each parameter set."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from dks.dispatch import pool
+from dks.dispatch import forks, pool
 from dks.dispatch.bins import quantiles
 from dks.dispatch.problem import MAX_DIM, Problem
 from dks.dispatch.reasons import LISTED
@@ -60,6 +60,11 @@ class Misses:
         self._most = most
         self._counts: dict[tuple[Problem, _Key], count[int]] = {}
         self._others = count()
+        self.after_fork()
+        forks.enroll(self)
+
+    def after_fork(self) -> None:
+        """See ``forks``: what the lock guards is changed in one step."""
         self._lock = threading.Lock()
 
     def of(self, problem: Problem) -> Note:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any, TypeVar
 
 import torch
@@ -84,8 +84,9 @@ class PreparedModule(nn.Module):
     """A layer with its constant arguments bound to the table's kernels.
 
     ``weight`` and ``bias`` stay ordinary parameters: they are saved, moved and trained as before. When they
-    change, ``refresh`` binds them again; moving the module or loading a state dict does that by itself, and
-    any other change is noticed at the next call (see ``Watch``) and served by the framework.
+    change, ``refresh`` binds them again; moving the module or loading a state dict does that by itself. Any other
+    change that PyTorch counts is noticed by the next call, one that nobody counts within ``scrub_calls`` calls and
+    on a GPU never (see ``watch``). From then on the framework serves, until ``refresh``.
 
     A call goes through the compiled fast path where the process has one; whatever is out of the ordinary goes
     on to ``forward``, with the hooks that modules have.
@@ -155,16 +156,19 @@ class PreparedModule(nn.Module):
             self._unbound = transform_objection() or parameter_objection(weight, bias)
             if self._unbound is not None or weight is None:
                 return
-            self._watch = Watch(weight, bias)  # before binding: a write that comes between is then noticed
+            watch = Watch(weight, bias)  # before binding: a write that comes between is then noticed
             self._dtype, self._row_bits = weight.dtype, self.row_bytes() | MAX_ALIGNMENT
             self._device = weight.device.type
+            if not all(_lies_well(t) for t in (weight, bias) if t is not None):
+                watch.cover()  # even kernels that read in place read a copy then
             with torch.inference_mode(False), torch.no_grad():
                 held = (_on_cache_line(weight), None if bias is None else _on_cache_line(bias))
             self._held = held
             self._statics = self.constants(*held)
-            if native.module is not None and runtime.serial is not None:
+            if native.module is not None and runtime.serial is not None and not watch.debugs:
                 hooks = (*(self.__dict__[name] for name in _HOOKS), *_ALL_HOOKS)
                 self._layer = native.module.Layer(runtime.serial, self._parameters, hooks, _as_modules_do)
+            self._watch = watch  # after all else that ``hold`` needs: a thread that is lost in a fork may end here
             for generation in runtime.held:
                 self.hold(generation)
             if self._layer is not None and not self._called_otherwise():
@@ -194,7 +198,7 @@ class PreparedModule(nn.Module):
         _wait_for(weight, captured=binding.graph is not None)
         self._bindings = {**self._bindings, generation.serial: binding}
         if self._layer is not None and all(dispatch.native is not None for dispatch in binding.dispatches):
-            self._layer.hold(generation.serial, self._compiled(binding, self._watch, weight))
+            self._layer.hold(generation.serial, self._compiled(binding, self._watch.native, weight))
         if self._fast is not _as_modules_do:
             self._fast = self._quick()
 
@@ -207,25 +211,37 @@ class PreparedModule(nn.Module):
 
     def release(self, generation: Generation) -> None:
         """Forget what was bound to a generation."""
-        self._bindings = {serial: b for serial, b in self._bindings.items() if serial != generation.serial}
+        self._forget(generation.serial)
+
+    def _forget(self, serial: int) -> None:
+        self._bindings = {number: binding for number, binding in self._bindings.items() if number != serial}
         if self._layer is not None:
-            self._layer.release(generation.serial)
+            self._layer.release(serial)
+
+    def keep(self, generations: Collection[Generation]) -> None:
+        """Forget what was bound to any other generation."""
+        serials = {generation.serial for generation in generations}
+        for serial in [serial for serial in self._bindings if serial not in serials]:
+            self._forget(serial)
 
     def _dispatch(
         self, generation: Generation, question: Question, mode: str, bound: dict[str, Launch]
     ) -> Dispatch:
-        plan = modes.plan(generation, *question, mode)
+        plan, watch = modes.plan(generation, *question, mode), self._watch
+        assert watch is not None  # ``hold`` saw it
 
         def bind(candidate: Candidate) -> Launch:
             key = f"{plan.problem.id} {candidate.id}"
             if key not in bound:
                 kernel = pool.kernels()[candidate.kernel]
+                if kernel.keeps_values:
+                    watch.cover()
                 bound[key] = kernel.bind(plan.problem, candidate.params, *self._statics)
             return bound[key]
 
         return Dispatch(self._server.runtime, plan, bind, is_framework=self.function is not None)
 
-    def _compiled(self, binding: Binding, watch: Watch, weight: torch.Tensor) -> Any:
+    def _compiled(self, binding: Binding, watch: object, weight: torch.Tensor) -> Any:
         assert native.module is not None
         plans = [None if d is None else d.native for d in (binding.dispatch, binding.fused)]
         return native.module.Binding(
@@ -237,7 +253,7 @@ class PreparedModule(nn.Module):
             self._row_bits,
             self.function,
             binding.failed,
-            watch.told(),
+            watch,
         )
 
     def _tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -267,8 +283,14 @@ class PreparedModule(nn.Module):
 
     @property
     def stale(self) -> bool:
-        """Whether the parameters are others than those that are bound."""
-        return self._watch is None or self._watch.changed(*self._tensors())
+        """Whether the parameters are others than those that are bound; looks at every byte that can be read."""
+        return self._watch is None or self._watch.differs(*self._tensors())
+
+    @property
+    def scrub_calls(self) -> int:
+        """Calls within which every byte of the parameters is compared with what is bound; see ``watch``. 0 where no
+        byte is: no kernel keeps values of its own, or they are on a GPU."""
+        return 0 if self._watch is None else self._watch.scrub_calls
 
     def __call__(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """See ``forward``."""
@@ -339,7 +361,16 @@ class PreparedModule(nn.Module):
             return "strides"
         if weight is None or self._watch is None or self._watch.changed(weight, bias):
             return "weight_changed"
+        if self._watch.debugs and not _captured() and (name := self._watch.overwritten()) is not None:
+            raise RuntimeError(self._why_overwritten(name))
         return None if residual is None else residual_objection(residual, x, weight.shape[0])
+
+    def _why_overwritten(self, name: str) -> str:
+        return (
+            f"{self._server.runtime.name}: {self._server.op} {self.extra_repr()}: found other bytes in {name} than "
+            "were bound, written where no version counter sees it (through .data, by numpy, by another process); "
+            "expected layer.refresh() after such a write"
+        )
 
     def _wrong_arguments(self) -> str:
         if self.inputs == (2,):
@@ -401,6 +432,8 @@ def parameter_note(device: str, weight: torch.Tensor, bias: torch.Tensor | None 
     why = parameter_objection(weight, bias)
     if why is None and weight.device.type != device:
         return f"device: its parameters are on {weight.device.type}, not {device}"
+    if why == "unwatched":
+        return "unwatched: inference tensors on a GPU; make the model outside of torch.inference_mode()"
     return why
 
 
@@ -414,6 +447,8 @@ def parameter_objection(weight: torch.Tensor | None, bias: torch.Tensor | None =
     for t in (weight, bias):
         if t is not None and (reason := tensor_objection(t, weight.dtype, device, weight)):
             return reason
+        if t is not None and t.is_cuda and t.is_inference():
+            return "unwatched"
     if 0 in weight.shape:
         return "zero_sized"
     return "shape" if bias is not None and bias.shape != weight.shape[:1] else None
@@ -438,8 +473,10 @@ def _wait_for(t: torch.Tensor, *, captured: bool) -> None:
 
 
 def _on_cache_line(t: torch.Tensor) -> torch.Tensor:
-    """``t``, or a copy where its address would lower every call's alignment (as in a mapped file)."""
-    t = t.detach()
-    if alignment(t.data_ptr()) == MAX_ALIGNMENT and t.is_contiguous():
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
+    """``t``, or a copy where it does not lie well."""
+    return t.detach() if _lies_well(t) else t.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _lies_well(t: torch.Tensor) -> bool:
+    """Whether kernels can read ``t`` itself: its address lowers no call's alignment, as in a mapped file."""
+    return alignment(t.data_ptr()) == MAX_ALIGNMENT and t.is_contiguous()

@@ -43,7 +43,8 @@ REASONS: Mapping[str, str] = {
     "dropout": "attention with dropout",
     "special": "attention that a model asks for with a cache, a position bias, a cap or uneven heads",
     "unbound": "a prepared layer that is not bound to the generation that serves",
-    "weight_changed": "a prepared layer's weight or bias is another one than was bound",
+    "unwatched": "a prepared layer's parameter is an inference tensor on a GPU: nothing can notice a write to it",
+    "weight_changed": "a prepared layer's weight or bias is another one than was bound, or was written to since",
 }
 
 OTHER = "other"

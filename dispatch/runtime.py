@@ -8,7 +8,6 @@ compiles or times.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import warnings
@@ -21,7 +20,7 @@ from weakref import WeakSet
 
 import torch
 
-from dks.dispatch import misses, native, pool, ranks, traced
+from dks.dispatch import forks, misses, native, pool, ranks, traced
 from dks.dispatch.choice import Choice
 from dks.dispatch.errors import BadInput
 from dks.dispatch.explain import Known, explain
@@ -74,17 +73,6 @@ FORKED = (
     "to load it in the process that serves: fork before, or start processes by spawn"
 )
 
-_alive: WeakSet[Runtime] = WeakSet()
-
-
-def _after_fork() -> None:
-    """In a forked child, the framework serves where a table for GPUs did."""
-    for runtime in list(_alive):
-        runtime.forked()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
 FAILURES = 3
 """Launches of a kernel that may fail before it is switched off, for a layer or a kind of functional calls."""
 
@@ -117,15 +105,18 @@ class Runtime:
         self.switched_off: Counter[str] = Counter()
         self.layers: WeakSet[PreparedModule] = WeakSet()
         self.inherited: tuple[dict[str, Any], int] = ({}, 0)
-        self.lock = threading.RLock()  # for what changes which generation serves, or who is bound to it
+        self._make_locks()
         self.serial = None if native.module is None else native.module.Serial()
-        self._counting = threading.Lock()  # never held while something is bound, as the other one is
         self._open = open
         self._previous: Generation | None = None
         self._servers = {op: operator.server(self) for op, operator in pool.operators().items()}
         self._serve(generation)
         traced.enroll(self)
-        _alive.add(self)
+        forks.enroll(self)
+
+    def _make_locks(self) -> None:
+        self.lock = threading.RLock()  # for what changes which generation serves, or who is bound to it
+        self._counting = threading.Lock()  # never held while something is bound, as the other one is
 
     def server(self, op: str) -> Any:
         """The object that serves one operator. Raises KeyError with the names there are."""
@@ -138,16 +129,21 @@ class Runtime:
         if self.serial is not None:
             self.serial.set(generation.serial)
 
-    def forked(self) -> None:
-        """Let the framework serve from now on, if the table is for GPUs: called in the child of a fork. Takes no
-        lock, since a thread that is not there any more may hold it, and binds nothing."""
+    def after_fork(self) -> None:
+        """End, as one that failed, a reload or rollback that another thread was at; see ``forks``. What served last
+        serves on, by the framework if it is a table for GPUs. Nothing is bound."""
+        self._make_locks()
         self.inherited = (self._calls(), self.misses.others)
         now = self.generation
-        if now.device != "cpu" and now.refused is None:
+        on_gpu = now.device != "cpu"
+        if self._previous is now or on_gpu:
             self._previous = None
-            generation = Generation(refused=FORKED, origin=now.origin, device=now.device)
-            generation.blocked = "forked"
-            self._serve(generation)
+        if on_gpu and now.refused is None:
+            now = Generation(refused=FORKED, origin=now.origin, device=now.device)
+            now.blocked = "forked"
+        self._serve(now)
+        for layer in [] if on_gpu else list(self.layers):  # what is on a GPU can't even be freed here
+            layer.keep(self.held)
 
     @property
     def held(self) -> tuple[Generation, ...]:

@@ -1,61 +1,158 @@
-"""Noticing that a layer's parameters are no longer those that its kernels were bound to."""
+"""Noticing that a layer's parameters are no longer those that its kernels were bound to.
+
+- By the next call: another parameter object, another address, a version counter that moved.
+- Within ``scrub_calls`` calls: bytes that changed where no counter sees it, as by a write through ``.data``, by
+  numpy, another library or another process, or in place to an inference tensor. Each call looks at the next part of
+  the parameter, in pieces spread evenly over it, and goes on where the last call stopped. So the next call notices
+  a write in one piece that is longer than the distance of two pieces, and practically any that is widely spread.
+- Not at all: such a write to a tensor on a GPU, whose memory is not read here. ``refresh`` is the caller's to call.
+
+Bytes are looked at where a kernel keeps values of its own (``Kernel.keeps_values``): one that reads the parameter
+where it lies sees every write.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import zlib
+from itertools import count
+from typing import Any
 
 import torch
 
-_WINDOWS, _WINDOW = 4, 16  # places in a parameter that are compared at each call, and bytes at each
+from dks.dispatch import native
+
+DEBUG = "DKS_DEBUG_WEIGHTS"
+"""Environment variable: with "1", every call of a prepared layer compares all of its parameters, and raises."""
+
+SMALL, LARGE = 64, 128
+"""Calls within which every byte is looked at, at the most: of a parameter of up to ``FULL`` bytes, and of any."""
+
+STEP, LEAST, FULL, PIECES = 16, 1024, 256 * 1024, 64
+"""Pieces are STEP bytes or a multiple, a call looks at LEAST bytes or more; at PIECES pieces above FULL bytes."""
+
+
+class Span:
+    """A parameter's memory, and how it is looked at: call i looks at units i, i + calls, i + 2 * calls, ...
+
+    Attributes:
+        address, size: from the first element's to the last one's end, whatever lies between them; in bytes.
+        unit: bytes.
+        calls: after so many, all units were looked at.
+    """
+
+    __slots__ = ("_units", "address", "calls", "size", "unit")
+
+    def __init__(self, t: torch.Tensor) -> None:
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        self.address, self.size = t.data_ptr(), elements * t.element_size()
+        if self.size <= FULL:
+            self.unit, self.calls = STEP, min(SMALL, -(-self.size // LEAST))
+        else:
+            self.unit = STEP * -(-self.size // (PIECES * LARGE * STEP))
+            self.calls = self.size // PIECES // self.unit
+        kind: Any = type("Unit", (ctypes.Structure,), {"_fields_": [("bytes", ctypes.c_ubyte * self.unit)]})
+        self._units = memoryview((kind * (self.size // self.unit)).from_address(self.address))
+
+    def sum(self, call: int) -> int:
+        """Of what a call looks at, for the Python form: CRC-32, which shows any change inside of 32 bits."""
+        whole, rest = divmod(self.size, self.unit)
+        found = zlib.crc32(self._units[call :: self.calls].tobytes())
+        if rest and whole % self.calls == call:
+            found = zlib.crc32(ctypes.string_at(self.address + whole * self.unit, rest), found)
+        return found
 
 
 class Watch:
-    """Notices that one of a layer's parameters was written to or replaced.
+    """Watches a layer's parameters; compiled where the process has the fast path (``native/watch.hpp``).
 
-    A write that hides from the version counter (through ``.data``, a fused optimizer, numpy) is noticed if it
-    changes one of the few bytes that are sampled across the tensor. Those of a tensor on a GPU can't be read here:
-    there such a write goes unnoticed, and kernels that packed the weight serve what it was until ``refresh``.
+    Attributes:
+        native: the compiled form, or None.
+        scrub_calls: calls within which every byte is looked at; 0 where none is.
+        debugs: whether DEBUG is on: instead of a sum a copy of what is covered is kept, for ``overwritten``.
     """
 
-    __slots__ = ("_bias", "_places", "_sampled", "_seen", "_storages", "_weight", "_windows")
+    __slots__ = (
+        "_bias", "_calls", "_copies", "_seen", "_spans", "_storages", "_sums", "_weight", "_written", "debugs",
+        "native", "scrub_calls",
+    )  # fmt: skip
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight, self._bias = weight, bias
         tensors = [t for t in (weight, bias) if t is not None]
-        # Held, so that no other tensor can come to lie at these addresses, and the samples stay readable.
+        # Held, so that no other tensor can come to lie at these addresses, and the bytes stay readable.
         self._storages = [t.untyped_storage() for t in tensors]
         self._seen = [(t, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-        self._places = [place for t in tensors if t.is_cpu for place in _places(t)]
-        self._windows = [_memory(*place) for place in self._places]
-        self._sampled = b"".join(self._windows)
-
-    def told(self) -> tuple[object, ...]:
-        """What the compiled form watches by: the parameters, (tensor, address, version or -1) of each, (address,
-        bytes) of each place, and what was seen there. Whoever takes it holds this object as well."""
+        self._spans: tuple[Span, ...] = ()
+        self._sums: list[list[int]] = []
+        self._calls = count()
+        self._written = False  # for good: what the next call looks at may be as it was
+        self._copies: dict[str, torch.Tensor] = {}
+        self.scrub_calls = 0
+        self.debugs = os.environ.get(DEBUG) == "1"
         seen = tuple((t, address, -1 if version is None else version) for t, address, version in self._seen)
-        return (self._weight, self._bias, seen, tuple(self._places), self._sampled)
+        self.native = None if native.module is None else native.module.Watch(weight, bias, seen)
+
+    def cover(self) -> None:
+        """Look at bytes as well, from now on. To be called before a kernel takes values from the parameters."""
+        if self.scrub_calls:
+            return
+        if self.debugs:
+            named = {"weight": self._weight, "bias": self._bias}
+            self._copies = {name: _bytes(t).clone() for name, t in named.items() if t is not None}
+            self.scrub_calls = 1
+            return
+        spans = tuple(Span(t) for t, _, _ in self._seen if t.is_cpu)
+        if self.native is not None:
+            self.native.cover(tuple((s.address, s.size, s.unit, s.calls) for s in spans))
+        else:
+            self._sums = [[span.sum(call) for call in range(span.calls)] for span in spans]
+        self._spans = spans
+        self.scrub_calls = max((span.calls for span in spans), default=0)
 
     def changed(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
-        """Whether the parameters are no longer what they were."""
+        """The look of a call: whether the parameters, as the layer holds them now, are known to be others."""
+        if self.native is not None:
+            return bool(self.native.changed(weight, bias))
+        if self._replaced(weight, bias):
+            return True
+        if self._spans and not self._written:
+            call = next(self._calls)
+            for span, sums in zip(self._spans, self._sums, strict=True):
+                if span.sum(call % span.calls) != sums[call % span.calls]:
+                    self._written = True
+        return self._written
+
+    def differs(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+        """The same after a look at every byte that can be read."""
+        if self.overwritten() is not None:
+            return True
+        if self.native is not None:
+            return bool(self.native.differs(weight, bias))
+        if self._replaced(weight, bias):
+            return True
+        for span, sums in zip(self._spans, self._sums, strict=True):
+            self._written = self._written or [span.sum(call) for call in range(span.calls)] != sums
+        return self._written
+
+    def _replaced(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
         if weight is not self._weight or bias is not self._bias:
             return True
-        for t, address, version in self._seen:
-            if t.data_ptr() != address or (version is not None and t._version != version):
-                return True
-        # Last: what was resized away must not be read.
-        return _join(self._windows) != self._sampled
+        return any(
+            t.data_ptr() != address or (version is not None and t._version != version)
+            for t, address, version in self._seen
+        )
+
+    def overwritten(self) -> str | None:
+        """With DEBUG, the name of a parameter that was bound and has other bytes now, or None."""
+        for name, kept in self._copies.items():
+            now = self._weight if name == "weight" else self._bias
+            assert now is not None  # only what there was is kept
+            if not torch.equal(_bytes(now), kept):
+                return name
+        return None
 
 
-_join = b"".join
-
-
-def _places(t: torch.Tensor) -> list[tuple[int, int]]:
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    size = elements * t.element_size()
-    step = max(_WINDOW, (size - _WINDOW) // (_WINDOWS - 1))
-    starts = range(0, size, step)[:_WINDOWS]
-    return [(t.data_ptr() + start, min(_WINDOW, size - start)) for start in starts]
-
-
-def _memory(address: int, size: int) -> memoryview:
-    return memoryview((ctypes.c_uint8 * size).from_address(address)).cast("B")
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().contiguous().view(torch.uint8)  # as numbers NaN would not equal itself

@@ -87,7 +87,8 @@ inline Form make_form(const float* weight, std::int64_t n, std::int64_t k, const
   return form;
 }
 
-// y = epilogue(x @ weight.T + bias), bound to one package.
+// y = epilogue(x @ weight.T + bias), bound to one package. It copies its weights and never looks at the caller's again:
+// after a write to those, make another one and let it serve in the place of this.
 class Linear {
  public:
   // Arguments: traits, "bias=...,dtype=...,epilogue=..." as the table has them; weight (n, k) and bias (n) or null, in

@@ -6,6 +6,9 @@
 //   dks::Tables<>::Reader reader(tables);                          // one for each thread
 //   auto call = reader.enter();                                    // all that is asked of `call` is of one generation
 //   const dks::Choice choice = call.choose(group, {tokens}, align);
+//
+// In the child of a fork readers serve on, since they take no lock; publish(), rollback(), current() and total() do, and
+// wait for good there if another thread was in one of them. So fork while no thread is.
 #ifndef DKS_SERVING_HPP
 #define DKS_SERVING_HPP
 

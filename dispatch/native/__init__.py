@@ -21,7 +21,7 @@ from dks.dispatch.native import probes
 HERE = Path(__file__).parent
 SOURCES = (
     *(HERE / name for name in ("module.cpp", "direct.hpp", "layer.hpp", "plan.hpp", "kernel.hpp")),
-    *(HERE / name for name in ("gpu_kernel.hpp", "thread.hpp", "tensor.hpp", "python.hpp")),
+    *(HERE / name for name in ("gpu_kernel.hpp", "watch.hpp", "thread.hpp", "tensor.hpp", "python.hpp")),
     HERE.parent / "cpp" / "lookup.hpp",
     HERE.parent / "tiles" / "abi.h",
     HERE.parent / "gpu" / "gpu.h",

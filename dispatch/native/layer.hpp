@@ -4,7 +4,7 @@
 //   Binding(plan, fused, dtype, device, features, out, row_bits, framework, failed, watch)
 //     plan: of calls without a residual, fused: of calls with one, either may be None; device: (kind, index), DLPack's
 //     numbers, where the parameters are; framework: (x, weight, bias) -> y, or None;
-//     failed: (rule, error, layer, *given) -> y; watch: what dks.dispatch.watch.Watch.told() gives.
+//     failed: (rule, error, layer, *given) -> y; watch: a Watch of the layer's parameters, one for all its bindings.
 //   Layer(serial, parameters, hooks, slow)
 //     hooks: the dicts of a module's hooks and of all modules'; slow: the Python form, (layer, x[, residual]) -> y
 //   layer.hold(number, binding), layer.release(number): the bindings of a generation
@@ -16,6 +16,7 @@
 
 #include "plan.hpp"
 #include "thread.hpp"
+#include "watch.hpp"
 
 namespace dks {
 
@@ -35,97 +36,18 @@ struct Serial {
   }
 };
 
-// Notices that a parameter was written to or replaced; see dks/dispatch/watch.py.
-struct Watch {
-  struct Tensor {
-    Ref object;
-    const void* address;
-    std::int64_t version;  // -1: an inference tensor counts none
-  };
-  struct Window {
-    const char* address;
-    Py_ssize_t length;
-  };
-
-  Ref weight, bias;
-  std::vector<Tensor> tensors;
-  std::vector<Window> windows;
-  Ref sampled;
-  const char* bytes = nullptr;
-
-  bool fill(PyObject* told) {
-    PyObject *weight_object, *bias_object, *seen, *places, *text;
-    if (!PyArg_ParseTuple(told, "OOO!O!S", &weight_object, &bias_object, &PyTuple_Type, &seen, &PyTuple_Type, &places,
-                          &text))
-      return false;
-    weight = Ref::share(weight_object);
-    bias = Ref::share(bias_object);
-    for (Py_ssize_t i = 0; i < PyTuple_Size(seen); ++i) {
-      PyObject* object;
-      unsigned long long address;
-      long long version;
-      if (!PyArg_ParseTuple(PyTuple_GetItem(seen, i), "OKL", &object, &address, &version)) return false;
-      tensors.push_back({Ref::share(object), reinterpret_cast<const void*>(static_cast<std::uintptr_t>(address)), version});
-    }
-    Py_ssize_t total = 0;
-    for (Py_ssize_t i = 0; i < PyTuple_Size(places); ++i) {
-      unsigned long long address;
-      Py_ssize_t length;
-      if (!PyArg_ParseTuple(PyTuple_GetItem(places, i), "Kn", &address, &length)) return false;
-      windows.push_back({reinterpret_cast<const char*>(static_cast<std::uintptr_t>(address)), length});
-      total += length;
-    }
-    if (total != PyBytes_Size(text)) {
-      PyErr_SetString(PyExc_ValueError, "watch: the sample has another length than its places");
-      return false;
-    }
-    sampled = Ref::share(text);
-    bytes = PyBytes_AsString(text);
-    return true;
-  }
-
-  int visit(visitproc visit, void* arg) const {
-    for (const Tensor& tensor : tensors)
-      if (const int said = visit_all(visit, arg, tensor.object)) return said;
-    return visit_all(visit, arg, weight, bias);
-  }
-
-  // The parameters as the layer holds them now, null for one it lacks.
-  bool changed(PyObject* now_weight, PyObject* now_bias) const {
-    if (now_weight != weight.get() || (now_bias == nullptr ? Py_None : now_bias) != bias.get()) return true;
-    for (const Tensor& tensor : tensors) {
-      View view;
-      if (!view.read(tensor.object.get()) || view.address() != tensor.address) return true;
-      if (tensor.version < 0) continue;
-      Ref version = Ref::take(PyObject_GetAttr(tensor.object.get(), torch.version));
-      const long long number = version ? PyLong_AsLongLong(version.get()) : -1;
-      if (number != tensor.version) {
-        PyErr_Clear();
-        return true;
-      }
-    }
-    const char* seen = bytes;  // last: what was resized away must not be read
-    for (const Window& window : windows) {
-      if (std::memcmp(window.address, seen, static_cast<std::size_t>(window.length)) != 0) return true;
-      seen += window.length;
-    }
-    return false;
-  }
-};
-
 struct Binding {
-  Ref plan_object, fused_object, framework, failed;
+  Ref plan_object, fused_object, watch_object, framework, failed;
   Plan* plan = nullptr;
   Plan* fused = nullptr;
   dlpack::DataType dtype{};
   dlpack::Device device{};
   std::int64_t features = 0, out = 0;
   std::uint64_t row_bits = 0;
-  Watch watch;
+  const Watch* watch = nullptr;
 
   int visit(visitproc visit, void* arg) const {
-    const int said = watch.visit(visit, arg);  // a parameter may hold its layer, by an attribute of its own
-    return said != 0 ? said : visit_all(visit, arg, plan_object, fused_object, framework, failed);
+    return visit_all(visit, arg, plan_object, fused_object, watch_object, framework, failed);
   }
   void clear() {
     failed = Ref();
@@ -135,13 +57,13 @@ struct Binding {
   static PyTypeObject* type;
 
   static PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
-    PyObject *plan, *fused, *framework, *failed, *told;
+    PyObject *plan, *fused, *framework, *failed, *watch;
     int code, bits;
     long long features, out;
     unsigned long long row_bits;
     dlpack::Device device{};
-    if (!PyArg_ParseTuple(args, "OO(ii)(ii)LLKOOO", &plan, &fused, &code, &bits, &device.type, &device.index, &features,
-                          &out, &row_bits, &framework, &failed, &told))
+    if (!PyArg_ParseTuple(args, "OO(ii)(ii)LLKOOO!", &plan, &fused, &code, &bits, &device.type, &device.index, &features,
+                          &out, &row_bits, &framework, &failed, Watch::type, &watch))
       return nullptr;
     for (PyObject* given : {plan, fused}) {
       if (features >= 1 && (given == Py_None || (Py_TYPE(given) == Plan::type && Object<Plan>::of(given).axes.size() == 1)))
@@ -166,9 +88,9 @@ struct Binding {
     state->row_bits = row_bits;
     if (framework != Py_None) state->framework = Ref::share(framework);
     state->failed = Ref::share(failed);
-    if (state->watch.fill(told)) return Object<Binding>::make(type, state);
-    delete state;
-    return nullptr;
+    state->watch_object = Ref::share(watch);
+    state->watch = &Object<Watch>::of(watch);
+    return Object<Binding>::make(type, state);
   }
 };
 
@@ -307,7 +229,7 @@ struct Layer {
     if (thread.gradients() && (requires_grad(x_object) || requires_grad(weight) || requires_grad(bias) ||
                                requires_grad(r_object)))
       return nullptr;
-    if (is_neg(x_object) || (r_object != nullptr && is_neg(r_object)) || bound.watch.changed(weight, bias))
+    if (is_neg(x_object) || (r_object != nullptr && is_neg(r_object)) || bound.watch->changed(weight, bias))
       return nullptr;
     served = true;
     const Ref call = Ref::share(entry.call.get());  // the entry may be dropped while this runs

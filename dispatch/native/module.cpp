@@ -59,6 +59,12 @@ PyMethodDef serial_methods[] = {
     {"set", &Serial::set, METH_O, "set(number)"},
     {nullptr, nullptr, 0, nullptr},
 };
+PyMethodDef watch_methods[] = {
+    {"cover", &Watch::cover, METH_O, "cover(spans): look at their bytes from now on"},
+    {"changed", method(&Watch::changed_python), METH_FASTCALL, "changed(weight, bias) -> bool: the look of a call"},
+    {"differs", method(&Watch::differs), METH_FASTCALL, "differs(weight, bias) -> bool: a look at every byte"},
+    {nullptr, nullptr, 0, nullptr},
+};
 PyMethodDef layer_methods[] = {
     {"hold", &Layer::hold, METH_VARARGS, "hold(number, binding): what serves while that generation does"},
     {"release", &Layer::release, METH_O, "release(number): forget a generation's binding"},
@@ -157,6 +163,7 @@ int fill(PyObject* module) {
                     make_type<GpuKernel>(module, "_dispatch.GpuKernel", no_methods, &GpuKernel::call) &&
                     (Plan::type = make_type<Plan>(module, "_dispatch.Plan", plan_methods)) &&
                     (Layer::serial_type = make_type<Serial>(module, "_dispatch.Serial", serial_methods)) &&
+                    (Watch::type = make_type<Watch>(module, "_dispatch.Watch", watch_methods)) &&
                     (Binding::type = make_type<Binding>(module, "_dispatch.Binding", no_methods)) &&
                     make_type<Layer>(module, "_dispatch.Layer", layer_methods) &&
                     make_type<Direct>(module, "_dispatch.Direct", direct_methods);

@@ -280,7 +280,7 @@ def test_a_changed_weight_is_bound_to_both(form: str) -> None:
     assert served_by(layer) == TWO
     served.rollback()
     assert served_by(layer) == ONE
-    layer.weight.data.mul_(2)
+    layer.weight.mul_(2)
     served.reload(TWO)
     assert served_by(layer) == "framework" and layer.stale
     layer.refresh()

@@ -209,7 +209,7 @@ def test_modes(server: Any) -> None:
 def test_a_changed_weight_is_noticed(server: Any, dtype: torch.dtype) -> None:
     made = server.prepare(nn.Parameter(weight(dtype), False))
     given = x(8, dtype=dtype), r(8, dtype=dtype)
-    made.weight.data.mul_(2)
+    made.weight.mul_(2)
     wanted = framework(given[0], (N,), made.weight, None, given[1])
     assert_same(made(*given), wanted)
     made.refresh()

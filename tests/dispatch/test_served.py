@@ -14,7 +14,6 @@ from torch.nn.utils import parametrizations
 
 from dks.dispatch.ops.linear.pair import linear_then_activation
 from dks.dispatch.ops.linear.serve import PreparedLinear
-from dks.dispatch.watch import Watch
 
 PACKED = "mkldnn.linear_packed"
 SIZES = (8, 16)
@@ -472,33 +471,3 @@ def test_a_refused_table_swaps_nothing_and_warns(route: Any) -> None:
     with pytest.warns(RuntimeWarning, match="nothing optimized: threads: 2 != 4"):
         assert runtime.optimize(model).swaps == ()
     assert type(model.up) is nn.Linear
-
-
-class TestWatch:
-    @pytest.mark.parametrize("shape", [(1,), (3,), (2, 2), (7, 13), (64, 64)])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-    def test_sees_hidden_writes_to_all_of_a_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        t = torch.ones(shape, dtype=dtype)
-        watch = Watch(t, None)
-        assert not watch.changed(t, None)
-        t.data.add_(1)
-        assert t._version == 0 and watch.changed(t, None)
-
-    def test_samples_lie_inside_views_of_any_stride(self) -> None:
-        for t in (
-            torch.randn(6, 8).t(),
-            torch.randn(9)[1:],
-            torch.randn(4, 1).expand(4, 5),
-            torch.randn(8, 8)[::2],
-        ):
-            watch = Watch(t, t)
-            assert not watch.changed(t, t)
-            assert watch.changed(t.clone(), t) and watch.changed(t, None) and watch.changed(None, t)
-
-    def test_an_inference_tensor_has_no_version(self) -> None:
-        with torch.inference_mode():
-            t = torch.ones(8)
-            watch = Watch(t, None)
-            assert not watch.changed(t, None)
-            t.add_(1)
-            assert watch.changed(t, None)

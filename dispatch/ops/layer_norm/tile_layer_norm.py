@@ -55,6 +55,7 @@ def layer_norm(isa: str) -> Kernel:
         bind=bind,
         form="the addresses of weight and bias",  # a form, since binding takes longer than a small call
         form_bytes=lambda _: ctypes.sizeof(library.Norm),
+        reads_in_place=True,
         params=tuple((("ahead", ahead), ("t", t)) for ahead in (0, 1) for t in threads.COUNTS),
         unit=unit,
         header=HEADER,

@@ -62,6 +62,7 @@ def layer_norm(align: int) -> Kernel:
         bind=bind,
         form="the addresses of weight and bias",  # a form, since binding takes longer than a small call
         form_bytes=lambda _: 16,
+        reads_in_place=True,
         unprepared=unprepared,
         params=rows.PARAMS,
         programs=programs,

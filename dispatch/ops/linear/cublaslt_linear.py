@@ -70,6 +70,7 @@ def linear(align: int, rank: int) -> Kernel:
         bind=bind,
         form="the address of the weight",
         form_bytes=lambda _: 8,
+        reads_in_place=True,
         files=tuple(f"cublaslt/{name}" for name in SOURCES),
         search=search,
         align=align,

@@ -74,6 +74,7 @@ def linear(schedule: str, align: int, form: str = "", rank: int = 30) -> Kernel:
         bind=bind,
         form=f"{form} weight, a scale a channel" if form else "the address of the weight",
         form_bytes=lambda p: p.dim("n") * (p.dim("k") + 4) if form else 8,
+        reads_in_place=not form,
         params=params_for(schedule, form or "bfloat16", align),
         programs=programs if form else None,
         sources=("quantize.py",) if form else (),

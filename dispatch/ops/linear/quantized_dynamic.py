@@ -6,16 +6,47 @@ Activations are quantised inside, one scale for the whole tensor; weights have o
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+from dks.dispatch import forks
 from dks.dispatch.kernel import DTYPES, Declined, Kernel, Run
 from dks.dispatch.ops.linear.epilogue import fused_in_place
 from dks.dispatch.ops.linear.quantize import hush, onednn_saturates, per_channel_int8, value_range
 from dks.dispatch.problem import Precision, Problem
 
-# The engine is chosen by a process-wide setting, and only while packing: the packed weight remembers it.
-_ENGINE = threading.Lock()
+
+class _Engine:
+    """torch's engine, a setting of the whole process, is chosen while a thread packs: the result remembers it."""
+
+    def __init__(self) -> None:
+        self._usual: str | None = None  # to go back to, while another one is chosen
+        self._lock = threading.Lock()
+        forks.enroll(self)
+
+    @contextmanager
+    def chosen(self, engine: str) -> Iterator[None]:
+        with self._lock:
+            self._usual = torch.backends.quantized.engine
+            try:
+                torch.backends.quantized.engine = engine
+                yield
+            finally:
+                self._back()
+
+    def _back(self) -> None:
+        if self._usual is not None:
+            torch.backends.quantized.engine, self._usual = self._usual, None
+
+    def after_fork(self) -> None:
+        """See ``forks``."""
+        self._lock = threading.Lock()
+        self._back()
+
+
+_ENGINE = _Engine()
 
 # The operator's scale never falls below 6.1e-5 (fbgemm's SMALL_SCALE_THRESHOLD): less fills no byte.
 _LEAST_RANGE = 6.1e-5 * 255
@@ -36,14 +67,9 @@ def dynamic_int8(engine: str) -> Kernel:
         zero = torch.zeros(n, dtype=torch.long, device="cpu")
         hush()
         as_quantized = torch._make_per_channel_quantized_tensor(quantized, scale.double(), zero, 0)
-        with _ENGINE:
-            previous = torch.backends.quantized.engine
-            torch.backends.quantized.engine = engine
-            try:
-                wide = None if bias is None else bias.detach().float()
-                packed = torch.ops.quantized.linear_prepack(as_quantized, wide)
-            finally:
-                torch.backends.quantized.engine = previous
+        with _ENGINE.chosen(engine):
+            wide = None if bias is None else bias.detach().float()
+            packed = torch.ops.quantized.linear_prepack(as_quantized, wide)
         linear = torch.ops.quantized.linear_dynamic.default
         # Without VNNI the 16-bit sums of pairs can saturate; one bit less of activation keeps them apart.
         reduce_range = engine != "onednn" and not torch.cpu._is_vnni_supported()

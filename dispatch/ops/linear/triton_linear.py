@@ -128,6 +128,7 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
         bind=bind,
         form=f"{form} weight, a scale a channel" if form else "the address of the weight",
         form_bytes=lambda p: p.dim("n") * (p.dim("k") + 4) if form else 8,
+        reads_in_place=not form,
         unprepared=None if form else unprepared,
         params=module.params_for(form or "bfloat16", align or 1),
         programs=programs,

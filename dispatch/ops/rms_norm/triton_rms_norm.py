@@ -65,6 +65,7 @@ def rms_norm(align: int) -> Kernel:
         bind=bind,
         form="the address of the weight",  # a form, since binding takes longer than a small call
         form_bytes=lambda _: 8,
+        reads_in_place=True,
         unprepared=unprepared,
         params=rows.PARAMS,
         programs=programs,
