@@ -199,7 +199,7 @@ class Operator:
         traits: allowed values of each trait; the first is what is meant where nothing is said.
         default: id of the framework's own kernel, always a candidate.
         make_inputs: (problem, generator, draw) -> Inputs, in the strides and alignment the problem names;
-            ``draw`` is one of DRAWS.
+            ``draw`` is one of DRAWS, and makes the rows of the output as different as it says.
         reference: (problem, inputs) -> the output in float64.
         max_align: (problem) -> the best alignment in bytes that the strides of its dims allow.
         key_bytes: (problem) -> bytes of the constant arguments, which a sweep rotates to keep caches cold.
@@ -225,10 +225,17 @@ class Operator:
         return tuple(name for name in self.dims if name not in self.dynamic)
 
 
-DRAWS = ("normal", "outliers")
+DRAWS = ("normal", "outliers", "rows")
 """``normal``: unit Gaussian. ``outliers``: the same with one feature in 64 made 20 times larger, as
-activations of transformers have them (Dettmers et al., LLM.int8(), 2022). Kernels that quantise activations
-pass the first and may fail the second, so a candidate's error is the larger of both."""
+activations of transformers have them (Dettmers et al., LLM.int8(), 2022). ``rows``: rows of very different sizes,
+one of them massive, as the first token of a language model is (Sun et al., Massive Activations, 2024). Kernels that
+quantise activations pass the first and may fail the others, so a candidate's error is the largest of all."""
+
+MASSIVE = 1000.0
+"""Size of the one massive row of the draw ``rows``; the others are spread from 0.01 to 100."""
+
+SHORT = 16
+"""Numbers of a row below which its own size says little: it may be near zero by cancellation."""
 
 
 PERIOD = 4_194_301
@@ -245,12 +252,30 @@ def draw_normal(
     return drawn.repeat(-(-count // PERIOD))[:count].view(shape) if count > PERIOD else drawn.view(shape)
 
 
-def draw_activations(shape: tuple[int, ...], generator: torch.Generator, draw: str) -> torch.Tensor:
-    """Float32 activations of ``shape``, features last; see DRAWS."""
+def row_sizes(count: int, draw: str, power: float = 1.0) -> torch.Tensor:
+    """Float32 sizes (count,) of rows, to be multiplied with them: equal in all draws but ``rows``.
+
+    They depend on ``count`` alone, so that other values of the same sizes can be drawn.
+
+    Args:
+        power: what the sizes are raised to; 0.5 when the rows' numbers are multiplied with each other, which would
+            overflow float16.
+    """
+    if draw != "rows":
+        return torch.ones(count)
+    sizes = 10.0 ** (torch.arange(1, count + 1, dtype=torch.float64) * 0.6180339887 % 1.0 * 4.0 - 2.0)
+    sizes[count // 3 : count // 3 + 1] = MASSIVE  # neighbours on both sides
+    return (sizes**power).float()
+
+
+def draw_activations(
+    shape: tuple[int, int], generator: torch.Generator, draw: str, mean: float = 0.0, power: float = 1.0
+) -> torch.Tensor:
+    """Float32 activations of ``shape`` (rows, features) around ``mean``; see DRAWS and ``row_sizes``."""
     x = draw_normal(shape, generator)
     if draw == "outliers":
         x[..., ::64] *= 20.0
-    return x
+    return (x + mean) * row_sizes(shape[0], draw, power)[:, None]
 
 
 def aligned(tensor: torch.Tensor, align: int) -> torch.Tensor:
@@ -267,10 +292,16 @@ def aligned(tensor: torch.Tensor, align: int) -> torch.Tensor:
     return view
 
 
-def relative_error(y: Output, reference: Output) -> float:
-    """||y - reference|| / ||reference|| in float64; NaN where y has NaN, inf where shapes differ.
+def row_length(shape: torch.Size) -> int:
+    """Numbers of a row of an output: its last dim; one where it is the only dim, as of losses."""
+    return shape[-1] if len(shape) > 1 else 1
 
-    Of several tensors the largest, with NaN above all.
+
+def relative_error(y: Output, reference: Output) -> float:
+    """The worst row's ||y - reference|| / ||reference|| in float64; NaN where y has NaN, inf where shapes differ.
+
+    A row of fewer than SHORT numbers is held against all rows' size if that is larger. Of several tensors the
+    largest error, with NaN above all.
     """
     errors = [_relative_error(*pair) for pair in zip(parts(y), parts(reference), strict=True)]
     return next((error for error in errors if math.isnan(error)), max(errors))
@@ -279,6 +310,12 @@ def relative_error(y: Output, reference: Output) -> float:
 def _relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     if y.shape != reference.shape:
         return float("inf")
-    norm = float(torch.linalg.vector_norm(reference))
-    error = float(torch.linalg.vector_norm(y.double() - reference))
-    return error / norm if norm else error
+    if not reference.numel():
+        return 0.0
+    n = row_length(reference.shape)
+    wanted = reference.reshape(-1, n)
+    norm = torch.linalg.vector_norm(wanted, dim=1)
+    usual = norm.square().mean().sqrt()
+    norm = norm.clamp_min(usual) if n < SHORT else torch.where(norm > 0, norm, usual)
+    error = torch.linalg.vector_norm(y.reshape(-1, n).double() - wanted, dim=1)
+    return float((error / torch.where(norm > 0, norm, 1.0)).max())

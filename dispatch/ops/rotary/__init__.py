@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 
-from dks.dispatch.kernel import DTYPES, Inputs, Operator, Output, aligned
+from dks.dispatch.kernel import DTYPES, Inputs, Operator, Output, aligned, row_sizes
 from dks.dispatch.ops.rotary.serve import RotaryServer
 from dks.dispatch.problem import Problem, alignment
 
 
-def make_inputs(problem: Problem, generator: torch.Generator, _draw: str) -> Inputs:
+def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inputs:
     """Unit-normal q and k; cosines and sines of any angles, every second one at a position that no token has.
 
     Those are NaN: whoever reads them is found out.
@@ -25,10 +25,19 @@ def make_inputs(problem: Problem, generator: torch.Generator, _draw: str) -> Inp
     positions = torch.randperm(2 * tokens, generator=generator)[:tokens]
     angles = torch.full((2 * tokens, d // 2), torch.nan)
     angles[positions] = torch.rand((tokens, d // 2), generator=generator) * (2 * torch.pi)
-    q, k = (aligned(torch.randn((tokens, n, d), generator=generator).to(dtype), problem.align) for n in (h, hkv))
+    q, k = (
+        aligned(
+            (torch.randn((tokens, n, d), generator=generator) * _sizes(tokens, n, draw)).to(dtype), problem.align
+        )
+        for n in (h, hkv)
+    )
     least = max(problem.align, cache.itemsize)
     cos, sin = (aligned(t.to(cache), least) for t in (angles.cos(), angles.sin()))
     return Inputs(static=(), dynamic=(q, k, cos, sin, positions))
+
+
+def _sizes(tokens: int, heads: int, draw: str) -> torch.Tensor:
+    return row_sizes(tokens * heads, draw).view(tokens, heads, 1)
 
 
 def reference(_problem: Problem, inputs: Inputs) -> Output:
