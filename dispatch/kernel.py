@@ -110,6 +110,8 @@ class Kernel:
         searches: what its library may search, compile or download while it serves, such as an autotuner or a
             just-in-time compiler; empty where it does nothing of the kind. Strict mode refuses it.
         devices: kinds of device that it runs on, ``cpu`` and ``cuda``; see ``runs_on`` for what empty means.
+        batch_invariant: (params) -> whether the bits of a row's result depend on the row alone: not on the other
+            rows, nor on how many there are, nor on its place. A sweep checks it; see ``Operator.take``.
     """
 
     id: str
@@ -134,6 +136,7 @@ class Kernel:
     rank: int = 1
     searches: str = ""
     devices: tuple[str, ...] = ()
+    batch_invariant: Callable[[Params], bool] = lambda _: False
 
     def runs_on(self, device: str) -> bool:
         """Whether it is meant for a kind of device, ``cpu`` or ``cuda``.
@@ -188,6 +191,11 @@ def source_digest(kernel: Kernel) -> str:
     return digest.hexdigest()[:16]
 
 
+def take_rows(dynamic: tuple[Any, ...], first: int, end: int) -> tuple[Any, ...]:
+    """Rows first..end of every tensor among the dynamic arguments of a call."""
+    return tuple(each[first:end] if isinstance(each, torch.Tensor) else each for each in dynamic)
+
+
 @dataclass(frozen=True)
 class Operator:
     """An operator: its dims and traits, how to make a problem's inputs, and what the right answer is.
@@ -205,6 +213,9 @@ class Operator:
         key_bytes: (problem) -> bytes of the constant arguments, which a sweep rotates to keep caches cold.
         server: (runtime) -> the object that serves this operator; see ``dks.dispatch.runtime``.
         odd_dims: (static dims) -> what is wrong with them together, or None.
+        batch: the dynamic dim that counts rows which have nothing to do with each other.
+        take: (dynamic arguments, first, end) -> those of these rows along ``batch`` alone, as views. By default it
+            is the first dim of every tensor.
     """
 
     name: str
@@ -218,6 +229,8 @@ class Operator:
     key_bytes: Callable[[Problem], int]
     server: Callable[[Any], Any]
     odd_dims: Callable[[Mapping[str, int]], str | None] = always
+    batch: str = "m"
+    take: Callable[[tuple[Any, ...], int, int], tuple[Any, ...]] = take_rows
 
     @property
     def static(self) -> tuple[str, ...]:

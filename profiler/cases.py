@@ -32,9 +32,22 @@ OUTLIER_SIZE = 64  # of each dynamic dim in the outlier check: enough rows to sh
 SIZES = (1, 2, 3, 17, 65)  # of each dynamic dim: one row, odd ones, one more than whole blocks
 ROWS_SIZE = 33  # of each dynamic dim where rows differ in size: one more than whole blocks
 FLIPS = 4  # of all signs, which say how large a short row usually is
+BATCH = 70  # rows of the batch that single rows are compared with: more than several whole tiles
+BATCH_BESIDE = 33  # of the other dynamic dims there
+ALONE = ((0, 1), (5, 6), (BATCH - 1, BATCH), (1, 3), (30, 37), (6, BATCH))
+"""Rows first..end that are compared: single ones in several places, few and many."""
 EXTREME_SIZE = 17  # of each dynamic dim where values are extreme: a middle row with neighbours on both sides
 NEAR_LIMIT = 2**26  # product of dims beyond which the sizes beside a problem's own are left to held-out shapes
 FORGIVEN = 10.0  # class limits that the framework's own error on normal data may lift a bound by
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """Rows first..end of a batch by themselves, as dynamic arguments."""
+
+    first: int
+    end: int
+    args: tuple[Any, ...]
 
 
 @dataclass
@@ -46,6 +59,7 @@ class Group:
     least: tuple[float, ...] = ()  # root mean square of each tensor of its output on normal data
     placed: dict[int, tuple[list[Slot], tuple[Any, ...]]] = field(default_factory=dict)
     cases: dict[str, list[Case]] = field(default_factory=dict)
+    batches: dict[tuple[int, ...], tuple[Case, list[Alone]]] = field(default_factory=dict)
 
 
 class Cases:
@@ -234,6 +248,24 @@ class Cases:
     def _rows(self, problem: Problem) -> list[Case]:
         sizes = (ROWS_SIZE,) * len(pool.operator(problem.op).dynamic)
         return [self._case(self._sized(problem, sizes), self._seed, draw="rows")]
+
+    def batch(self, problem: Problem) -> tuple[Case, list[Alone]]:
+        """A batch, and some of its rows by themselves, each at an address of its own.
+
+        Other dynamic dims are the problem's own, at most ``BATCH_BESIDE``.
+        """
+        operator = pool.operator(problem.op)
+        sizes = tuple(
+            BATCH if name == operator.batch else min(BATCH_BESIDE, problem.dim(name)) for name in operator.dynamic
+        )
+        if sizes not in self._group.batches:
+            case = self._case(self._sized(problem, sizes), self._seed)
+            alone = [
+                Alone(first, end, place(operator.take(case.args, first, end), problem.align, turn, self._device)[1])
+                for turn, (first, end) in enumerate(ALONE)
+            ]
+            self._group.batches[sizes] = (case, alone)
+        return self._group.batches[sizes]
 
     def at_own_size(self, problem: Problem) -> list[Case]:
         """The problem itself, one less of each dynamic dim, and a size that the bin below would hold."""

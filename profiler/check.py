@@ -25,7 +25,7 @@ from dks.dispatch import pool
 from dks.dispatch.gpu import library as programs
 from dks.dispatch.gpu.cutlass import library as cutlass_library
 from dks.dispatch.gpu.library import Unsuited
-from dks.dispatch.kernel import Inputs, Kernel, Launch, parts
+from dks.dispatch.kernel import Inputs, Kernel, Launch, Params, parts
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles import library
 from dks.dispatch.tiles.library import Missing
@@ -172,7 +172,7 @@ class Checker:
         verdict = Verdict()
         try:
             run = self._bind(problem, kernel, candidate)
-            verdict.stable = self._battery(problem, kernel, run, verdict)
+            verdict.stable = self._battery(problem, kernel, candidate.params, run, verdict)
         except Rejected as found:
             return verdict.fail(found.status, _joined(self._cases.mend(), found.reason)), None
         return verdict, run
@@ -186,7 +186,7 @@ class Checker:
         expect_untouched(slots, "in bind")
         return run
 
-    def _battery(self, problem: Problem, kernel: Kernel, run: Launch, verdict: Verdict) -> bool:
+    def _battery(self, problem: Problem, kernel: Kernel, params: Params, run: Launch, verdict: Verdict) -> bool:
         """What needs no more than the weight: small sizes, addresses, repetitions, extreme values."""
         trial = self._trial(problem, kernel, run)
         stable = True
@@ -211,9 +211,26 @@ class Checker:
             for draw in case.draws:
                 trial.call(case, draw)
         self._beside_others(problem, kernel, trial, verdict)
+        if kernel.batch_invariant(params):
+            self._expect_batch_invariant(problem, trial, run)
         trial.settle()
         trial.finish()
         return stable
+
+    def _expect_batch_invariant(self, problem: Problem, trial: Trial, run: Launch) -> None:
+        """That rows by themselves have the bits that they have in a batch, as the kernel declares."""
+        case, alone = self._cases.batch(problem)
+        together = trial.call(case, case.draws[0])
+        for rows in alone:
+            try:
+                found = parts(run(*rows.args))
+            except BaseException as error:
+                rejected(error, f" on rows {rows.first}..{rows.end} of a batch alone")
+            if not all(map(torch.equal, found, (part[rows.first : rows.end] for part in together))):
+                raise Rejected(
+                    "wrong_result",
+                    f"declares batch invariance, but rows {rows.first}..{rows.end} of a batch have other bits alone",
+                )
 
     def _beside_others(self, problem: Problem, kernel: Kernel, trial: Trial, verdict: Verdict) -> None:
         """What large values do to small ones, of their own row and of others."""

@@ -79,5 +79,6 @@ OPERATOR = Operator(
     max_align=max_align,
     key_bytes=lambda _: 0,
     server=AttentionServer,
+    batch="b",
     odd_dims=lambda dims: "hkv must divide h" if dims["h"] % dims["hkv"] else None,
 )

@@ -8,6 +8,8 @@ vLLM's and FlashAttention's ("NHD"): Kwon et al., PagedAttention, 2023.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned, draw_normal, row_sizes
@@ -71,6 +73,12 @@ def max_align(problem: Problem) -> int:
     return alignment(problem.dim("d") * DTYPES[problem.trait("dtype")].itemsize)
 
 
+def take(dynamic: tuple[Any, ...], first: int, end: int) -> tuple[Any, ...]:
+    """The sequences first..end; the cache is everybody's."""
+    q, k_cache, v_cache, block_table, lengths, scale = dynamic
+    return q[first:end], k_cache, v_cache, block_table[first:end], lengths[first:end], scale
+
+
 OPERATOR = Operator(
     name="paged_attention",
     dims=("b", "kv", "h", "hkv", "d", "page"),
@@ -82,5 +90,7 @@ OPERATOR = Operator(
     max_align=max_align,
     key_bytes=lambda _: 0,
     server=PagedAttentionServer,
+    batch="b",
+    take=take,
     odd_dims=lambda dims: "hkv must divide h" if dims["h"] % dims["hkv"] else None,
 )

@@ -7,6 +7,7 @@ import ctypes
 import torch
 
 from dks.dispatch.kernel import DTYPES, Kernel, Launch, Params
+from dks.dispatch.ops.layer_norm.tile_layer_norm import TILES, rows_of
 from dks.dispatch.problem import Precision, Problem
 from dks.dispatch.tiles import launch, library, threads
 from dks.dispatch.tiles.isa import ELEMENTS, ISAS, VECTORS
@@ -21,10 +22,11 @@ def rms_norm(isa: str) -> Kernel:
     """The kernel ``tile.rms_norm_<isa>``."""
 
     def unit(problem: Problem, params: Params) -> Unit:
-        dtype, ahead = problem.trait("dtype"), dict(params)["ahead"]
-        constants = (VECTORS[isa], ELEMENTS[dtype], _UNROLL, _ROWS, ("false", "true")[ahead])
+        dtype, label = problem.trait("dtype"), "_".join(f"{k}{v}" for k, v in threads.without(params))
+        rows, ahead = rows_of(params), dict(params)["ahead"]
+        constants = (VECTORS[isa], ELEMENTS[dtype], _ROWS * _UNROLL // rows, rows, ("false", "true")[ahead])
         template = f"dks::RmsNorm<{', '.join(map(str, constants))}>"
-        return Unit(f"dks_rms_norm_{isa}_{dtype}_ahead{ahead}", isa, "norm", HEADER, template)
+        return Unit(f"dks_rms_norm_{isa}_{dtype}_{label}", isa, "norm", HEADER, template)
 
     def bind(problem: Problem, params: Params, weight: torch.Tensor | None, eps: float | None) -> Launch:
         """weight (n,) of x's dtype, or None -> run(x (..., n)) -> (..., n), or run(x, r) -> (y, h).
@@ -50,10 +52,13 @@ def rms_norm(isa: str) -> Kernel:
         bind=bind,
         form="the address of the weight",  # a form, since binding takes longer than a small call
         form_bytes=lambda _: ctypes.sizeof(library.Norm),
-        params=tuple((("ahead", ahead), ("t", t)) for ahead in (0, 1) for t in threads.COUNTS),
+        params=tuple((*tile, ("t", t)) for tile in TILES for t in threads.COUNTS),
         unit=unit,
         header=HEADER,
-        suits=lambda p, params: threads.objection(params, _WORK * p.dim("m") * p.dim("n"), -(-p.dim("m") // _ROWS)),
+        batch_invariant=lambda params: rows_of(params) == 1,
+        suits=lambda p, params: threads.objection(
+            params, _WORK * p.dim("m") * p.dim("n"), -(-p.dim("m") // rows_of(params))
+        ),
         unavailable=ISAS[isa].unavailable,
         rank=3,
     )

@@ -7,6 +7,8 @@ outputs have the inputs' shapes and dtype, and are computed in float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dks.dispatch.kernel import DTYPES, Inputs, Operator, Output, aligned, row_sizes
@@ -62,6 +64,12 @@ def max_align(problem: Problem) -> int:
     return alignment(problem.dim("d") // 2 * DTYPES[problem.trait("dtype")].itemsize)
 
 
+def take(dynamic: tuple[Any, ...], first: int, end: int) -> tuple[Any, ...]:
+    """The tokens first..end; the caches are everybody's."""
+    q, k, cos, sin, positions = dynamic
+    return q[first:end], k[first:end], cos, sin, positions[first:end]
+
+
 OPERATOR = Operator(
     name="rotary",
     dims=("tokens", "h", "hkv", "d"),
@@ -74,5 +82,7 @@ OPERATOR = Operator(
     max_align=max_align,
     key_bytes=lambda _: 0,
     server=RotaryServer,
+    batch="tokens",
+    take=take,
     odd_dims=lambda dims: "d must be even" if dims["d"] % 2 else None,
 )
