@@ -183,9 +183,9 @@ def _print_invariant(lut: Lut) -> bool:
         broken |= first
         said = "a layer that models call" if first else "calls without preparation"
         click.echo(
-            f"not batch-invariant: {each.op} {each.form} {each.statics} {each.traits} ({said}): the framework serves, "
-            "since no kernel that declares it was measured and admitted in every bin; measure more kernels there, "
-            "or allow a larger --max-error",
+            f"not batch-invariant: {each.op} {each.form} {each.statics} {each.traits} ({said}): the framework "
+            "serves, since no kernel that declares it was measured and admitted in every bin; measure more kernels "
+            "there, or allow a larger --max-error",
             err=True,
         )
     return broken

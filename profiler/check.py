@@ -227,10 +227,8 @@ class Checker:
             except BaseException as error:
                 rejected(error, f" on rows {rows.first}..{rows.end} of a batch alone")
             if not all(map(torch.equal, found, (part[rows.first : rows.end] for part in together))):
-                raise Rejected(
-                    "wrong_result",
-                    f"declares batch invariance, but rows {rows.first}..{rows.end} of a batch have other bits alone",
-                )
+                which = f"rows {rows.first}..{rows.end} of a batch"
+                raise Rejected("wrong_result", f"declares batch invariance, but {which} have other bits alone")
 
     def _beside_others(self, problem: Problem, kernel: Kernel, trial: Trial, verdict: Verdict) -> None:
         """What large values do to small ones, of their own row and of others."""

@@ -411,7 +411,13 @@ def test_one_element_in_a_large_output_is_found() -> None:
     assert found.over(Precision.EXACT, y.shape) and not found.over(Precision.BF16, y.shape)
 
 
+def expect_finite(x: torch.Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        raise Declined("not finite")
+
+
 def quantised(x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    expect_finite(x)
     step = largest / 127 + 1e-30
     return (x / step).round() * step
 
@@ -428,6 +434,7 @@ def one_scale_for_alike_rows(problem: Problem, params: object, weight: torch.Ten
     run = one_scale(problem, params, weight, bias)
 
     def careful(x: torch.Tensor) -> torch.Tensor:
+        expect_finite(x)
         sizes = x.norm(dim=-1)
         if float(sizes.max()) > 50.0 * float(sizes.min()):
             raise Declined("rows of too different sizes")
@@ -460,6 +467,38 @@ def test_a_short_row_near_zero_by_cancellation_is_held_against_its_usual_size() 
     usual = torch.tensor([1000.0, 1.0, 1.0], dtype=torch.float64)
     assert gap(reference + 1e-6, reference, usual=usual).row == pytest.approx(1e-6)
     assert gap(reference + torch.tensor([[0.0], [0.0], [0.5]]), reference, usual=usual).row == pytest.approx(0.5)
+
+
+def with_factors(factors: Callable[[int], torch.Tensor]) -> Callable[..., Run]:
+    """Right within its class, but for the bits: each of m rows times a factor."""
+
+    def bind(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            y = (x.unsqueeze(-2) * weight).sum(-1) + bias
+            return y * factors(len(x))[:, None]
+
+        return run
+
+    return bind
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        lambda m: torch.full((m,), 1 + 2e-7 * (m > 16)),
+        lambda m: 1 + 2e-7 * (torch.arange(m) % 4 == 1),
+        lambda m: 1 + 2e-7 * (torch.arange(m) >= m // 8 * 8),
+    ],
+    ids=["by the number of rows", "by place", "in the tail"],
+)
+def test_declared_batch_invariance_is_checked(
+    factors: Callable[[int], torch.Tensor], fresh: Checker, add: Add
+) -> None:
+    assert fresh.check(linear(), add(with_factors(factors))).status == "ok"
+    broken = fresh.check(linear(), add(with_factors(factors), batch_invariant=lambda _: True))
+    assert broken.status == "wrong_result" and "declares batch invariance, but rows" in broken.reason
+    kept = add(with_factors(torch.ones), batch_invariant=lambda _: True)
+    assert fresh.check(linear(), kept).status == "ok"
 
 
 # -- good kernels ----------------------------------------------------------------------------------------

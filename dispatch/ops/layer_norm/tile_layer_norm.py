@@ -1,8 +1,8 @@
 """Generated layer_norms (``tiles/rows.hpp``).
 
 Four rows go together, and the rows that are left over one by one, summed up in another order. ``rows1`` takes all
-of them one by one, so that a row's bits are the same in every batch. ``ahead`` fetches the next ones while these are written, which pays where x comes from beyond
-the second cache and costs a little where it does not.
+of them one by one, so that a row's bits are the same in every batch. ``ahead`` fetches the next ones while these
+are written, which pays where x comes from beyond the second cache and costs a little where it does not.
 """
 
 from __future__ import annotations
