@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dks.codegen.policy import Policy
 from dks.dispatch import pool
-from dks.dispatch.evidence import Measurement
+from dks.dispatch.evidence import Measurement, judged_by_rows
 from dks.dispatch.kernel import Kernel
 from dks.dispatch.modes import EAGER, eager_form, form_in
-from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.problem import Candidate, Precision, Problem
 
 FAILED = ("wrong_result", "failed", "crashed", "timeout", "out_of_memory", "excluded", "unsupported")
 """Statuses with which a candidate may not serve a bin; ``unavailable`` says nothing about the shape."""
+
+QUANTISED = (Precision.INT8.value, Precision.INT4.value)
+"""Classes of which an error of the whole output says nothing: one scale may serve large rows and small ones."""
 
 
 def forms(op: str, mode: str = EAGER) -> tuple[str, ...]:
@@ -30,10 +33,8 @@ def is_timed(row: Measurement | None) -> bool:
 def exclusion(policy: Policy, problem: Problem, form: str, row: Measurement) -> str:
     """Why a policy keeps a candidate out of ``problem``, or it can't serve ``form``; empty where it may."""
     kernel = _kernel(row)
-    if not is_timed(row) or row.error is None:
-        return "not timed, or its error is not known"
-    if row.error > policy.max_error:
-        return f"error above the budget of {policy.max_error:g}"
+    if why := _error(policy, row):
+        return why
     if eager_form(form) == "direct" and kernel.form and kernel.unprepared is None:
         return "packs its weight: prepared calls alone"
     if policy.objective == "memory" and row.form_bytes:
@@ -41,6 +42,14 @@ def exclusion(policy: Policy, problem: Problem, form: str, row: Measurement) -> 
     if policy.max_form_bytes is not None and row.form_bytes > policy.max_form_bytes:
         return f"packed weight above max_form_bytes of {policy.max_form_bytes}"
     return kernel.objection(problem) or ""
+
+
+def _error(policy: Policy, row: Measurement) -> str:
+    if not is_timed(row) or row.error is None:
+        return "not timed, or its error is not known"
+    if row.precision in QUANTISED and not judged_by_rows(row):
+        return "its error is of whole outputs, as an older version measured it: run dks-profile run again"
+    return f"error above the budget of {policy.max_error:g}" if row.error > policy.max_error else ""
 
 
 def admits(policy: Policy, problem: Problem, form: str, row: Measurement) -> bool:

@@ -110,6 +110,48 @@ def costs(
     return {default_id: spent, **{c.row.candidate: spent / c.value for c in winners}}
 
 
+def all_costs(
+    problem: Problem,
+    form: str,
+    rows: Sequence[Measurement],
+    policy: Policy,
+    barred: Mapping[str, str] | None = None,
+    compared: Comparisons | None = None,
+) -> dict[str, float]:
+    """As ``costs``, of every candidate that is admitted and not barred, those behind the default too."""
+    default_id = pool.operators()[problem.op].default
+    default = next((row for row in rows if row.candidate == default_id), None)
+    if default is None or not is_timed(default):
+        return {}
+    compared = compared or Comparisons(policy.objective)
+    bout, spent = Bout(default, policy, compared), compared.spent(default)
+    if not spent:
+        return {}
+    field = [c for c in bout.field(problem, form, rows, barred or {}) if not c.barred]
+    return {default_id: spent, **{c.row.candidate: spent / c.value for c in field}}
+
+
+def only(
+    problem: Problem,
+    form: str,
+    rows: Sequence[Measurement],
+    policy: Policy,
+    candidate: str,
+    compared: Comparisons | None = None,
+) -> Evidence:
+    """The rule of one problem for a candidate that was chosen for another reason than its times here."""
+    default_id = pool.operators()[problem.op].default
+    default = next((row for row in rows if row.candidate == default_id), None)
+    if default is None or not is_timed(default):
+        return choose(problem, form, rows, policy)
+    bout = Bout(default, policy, compared or Comparisons(policy.objective))
+    field = bout.field(problem, form, rows, {})
+    winner = next((c for c in field if c.row.candidate == candidate), None)
+    if winner is None:
+        return bout.default_rule(problem, form, field, [])
+    return bout.rule(problem, form, winner, [winner], field, [])
+
+
 class Bout:
     """The default against its challengers."""
 

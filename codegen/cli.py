@@ -12,6 +12,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from dks.codegen.admission import forms
 from dks.codegen.certificate import Certificate, caveats, describe, interval_words, percent
 from dks.codegen.lut import Lut
 from dks.codegen.package import build as build_package
@@ -24,6 +25,7 @@ from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import read_run
 from dks.dispatch.loader import import_package
 from dks.dispatch.manifest import MANIFEST, dead_kernels, intact, misfits
+from dks.dispatch.modes import mode_of
 
 _ARGUMENT = re.compile(r"([a-z_]+)=([a-z0-9_]+)\Z")
 
@@ -63,6 +65,12 @@ def cli() -> None:
     type=int,
     help="Choose at most so many kernels for an operator, form and dtype, the framework's own counted [8].",
 )
+@click.option(
+    "--batch-invariant",
+    is_flag=True,
+    default=None,
+    help="One kernel for all sizes of a layer: a row's result has the same bits in every batch. Prints its price.",
+)
 @click.option("--device", help="Build for results of another machine: the arch they name, in full.")
 def build(
     run_dirs: tuple[Path, ...],
@@ -90,6 +98,7 @@ def build(
     built = build_package(lut, rows, out, name)
     _print_summary(lut)
     _print_few(lut)
+    broken = _print_invariant(lut)
     _print_certificate(lut.certificate)
     state = "built" if built.changed else "unchanged"
     click.echo(
@@ -105,7 +114,7 @@ def build(
         click.echo(
             f"expected time of a model call, weighted by traffic, with {dtype} activations: {us / 1e3:.3f} ms"
         )
-    return 0
+    return 1 if broken else 0
 
 
 def _check_device(measured: Environment, wanted: str | None) -> None:
@@ -147,6 +156,39 @@ def _print_few(lut: Lut) -> None:
             f"{lut.policy.max_kernels}; that changed {few.changed} rules and costs {weighted}, at worst "
             f"{percent(few.worst)} ({few.worst_problem})"
         )
+
+
+def _print_invariant(lut: Lut) -> bool:
+    """What batch invariance costs, a layer at a time; whether a layer that models call could not be made so."""
+    if not lut.policy.batch_invariant:
+        return False
+    table = Table(title="batch invariance: one kernel a layer, and what it costs over the choice bin by bin")
+    for column in ("operator", "form", "layer", "kernel", "by traffic", "at worst"):
+        table.add_column(column, justify="right" if column in ("by traffic", "at worst") else "left")
+    for each in lut.invariant:
+        weighted = "no traffic" if each.weighted is None else percent(each.weighted)
+        name = " ".join(f"{k}={v}" for k, v in {**each.statics, **each.traits}.items())
+        kernel = each.candidate or "none: the framework's"
+        table.add_row(each.op, each.form, escape(name), kernel, weighted, percent(each.worst))
+    command_line.print_table(table)
+    served = [each for each in lut.invariant if each.candidate is not None]
+    cost, free = sum(each.cost for each in served), sum(each.free_cost for each in served)
+    total = "no known traffic" if free <= 0.0 else f"{percent(cost / free - 1.0)} weighted by traffic"
+    click.echo(f"batch invariance costs {total}, over {len(served)} of {len(lut.invariant)} layers and forms")
+    broken = False
+    for each in lut.invariant:
+        if each.candidate is not None:
+            continue
+        first = each.form == forms(each.op, mode_of(each.form))[0]
+        broken |= first
+        said = "a layer that models call" if first else "calls without preparation"
+        click.echo(
+            f"not batch-invariant: {each.op} {each.form} {each.statics} {each.traits} ({said}): the framework "
+            "serves, since no kernel that declares it was measured and admitted in every bin; measure more kernels "
+            "there, or allow a larger --max-error",
+            err=True,
+        )
+    return broken
 
 
 def _print_certificate(certificate: Certificate) -> None:

@@ -87,6 +87,34 @@ class Few:
 
 
 @dataclass(frozen=True, slots=True)
+class Invariant:
+    """The one candidate of a group in a batch-invariant table, and its price.
+
+    Attributes:
+        candidate: None if none may serve every bin: then the framework serves, and makes no promise.
+        bin_by_bin: the candidates that would be chosen without the restriction.
+        cost, free_cost: of the group's bins with it and without, in nanoseconds (joules if the objective is energy)
+            times the bins' weights.
+        worst: what the bin in which it costs most costs more, as a share.
+    """
+
+    op: str
+    form: str
+    traits: dict[str, str]
+    statics: dict[str, int]
+    candidate: str | None
+    bin_by_bin: tuple[str, ...]
+    cost: float
+    free_cost: float
+    worst: float
+
+    @property
+    def weighted(self) -> float | None:
+        """What a call costs more, over all bins by traffic, as a share; None if no weight is known."""
+        return self.cost / self.free_cost - 1.0 if self.free_cost > 0.0 else None
+
+
+@dataclass(frozen=True, slots=True)
 class Lut:
     """A selected table with its evidence.
 
@@ -96,6 +124,7 @@ class Lut:
             was measured first: eager, where it was.
         certificate: what the choices are worth on shapes that none of them was made from.
         few: where more candidates were ahead than the policy's ``max_kernels``.
+        invariant: of a batch-invariant table, each group's one candidate and its price.
     """
 
     environment: Environment
@@ -105,6 +134,7 @@ class Lut:
     expected_us: dict[str, float]
     certificate: Certificate = dataclasses.field(default_factory=Certificate)
     few: tuple[Few, ...] = ()
+    invariant: tuple[Invariant, ...] = ()
 
     def table(self) -> Table:
         """The dispatch table, without the evidence."""
@@ -128,6 +158,7 @@ class Lut:
             "rules": [_rule_json(rule, others) for rule in self.rules],
             "others": [dataclasses.asdict(other) for other in others],
             "few": [dataclasses.asdict(few) for few in self.few],
+            "batch_invariant": [dataclasses.asdict(each) for each in self.invariant],
             "held_out": [dataclasses.asdict(shape) for shape in self.certificate.shapes],
             "groups": [_group_json(group) for group in self.groups],
         }

@@ -37,6 +37,8 @@ class Policy:
         max_kernels: at most so many distinct candidates serve an operator, form and activation dtype, over all
             its bins, the default counted: it is always there, for what is not in the table. One is the default
             alone; None is no limit. See ``dks.codegen.few``.
+        batch_invariant: one candidate for all sizes of a layer, so that a row's result has the same bits in every
+            batch; ``max_kernels`` then limits nothing. See ``dks.codegen.invariant``.
     """
 
     max_error: float = 1e-2
@@ -48,6 +50,7 @@ class Policy:
     require_stable: bool = False
     max_regret: float | None = None
     max_kernels: int | None = 8
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -73,8 +76,9 @@ class Policy:
             raise BadInput(f"max_kernels: found {self.max_kernels!r}, expected a whole number from 1")
         if not _is_whole(self.min_processes, 1):
             raise BadInput(f"min_processes: found {self.min_processes!r}, expected a whole number from 1")
-        if not isinstance(self.require_stable, bool):
-            raise BadInput(f"require_stable: found {self.require_stable!r}, expected true or false")
+        for name in ("require_stable", "batch_invariant"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadInput(f"{name}: found {getattr(self, name)!r}, expected true or false")
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -86,16 +90,22 @@ def load_policy(
     max_error: float | None = None,
     max_regret: float | None = None,
     max_kernels: int | None = None,
+    batch_invariant: bool | None = None,
 ) -> Policy:
     """The policy of the command line: an objective's name, or a YAML file with the fields of ``Policy``.
 
     Args:
-        max_error, max_regret, max_kernels: override the file's; None keeps it.
+        max_error, max_regret, max_kernels, batch_invariant: override the file's; None keeps it.
 
     Raises:
         BadInput: no such file, unknown keys, or values out of range.
     """
-    given = {"max_error": max_error, "max_regret": max_regret, "max_kernels": max_kernels}
+    given = {
+        "max_error": max_error,
+        "max_regret": max_regret,
+        "max_kernels": max_kernels,
+        "batch_invariant": batch_invariant,
+    }
     overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if objective in OBJECTIVES:
         return Policy(objective=objective, **overrides)

@@ -12,11 +12,12 @@ from dataclasses import replace
 
 from dks.codegen.admission import failure, forms
 from dks.codegen.certificate import certify
-from dks.codegen.choose import choose, costs
+from dks.codegen.choose import all_costs, choose, costs, only
 from dks.codegen.compare import Comparisons
 from dks.codegen.few import Costs, keep_few
 from dks.codegen.grid import Grid, sizes_of
-from dks.codegen.lut import Evidence, Lut
+from dks.codegen.invariant import one_for_all
+from dks.codegen.lut import Evidence, Few, Invariant, Lut
 from dks.codegen.others import others
 from dks.codegen.policy import Policy
 from dks.dispatch import pool
@@ -79,7 +80,22 @@ def select(rows: Iterable[Measurement], policy: Policy) -> Lut:
         for key, grid in found.items()
         for form in forms(key[0], mode)
     ]
-    rules, few = keep_few(evidence, spent, rule, policy.max_kernels)
+    few: tuple[Few, ...] = ()
+    invariant: tuple[Invariant, ...] = ()
+    if policy.batch_invariant:
+
+        def spent_by_all(problem: Problem, form: str) -> Costs:
+            rows, out, ratios = given(problem, form)
+            return all_costs(problem, form, rows, policy, out, ratios)
+
+        def forced(problem: Problem, form: str, candidate: str) -> Evidence:
+            rows, _, ratios = given(problem, form)
+            return only(problem, form, rows, policy, candidate, ratios)
+
+        changed, rules, invariant = one_for_all(groups, evidence, spent_by_all, forced)
+        groups = list(changed)
+    else:
+        rules, few = keep_few(evidence, spent, rule, policy.max_kernels)
     kept = {(each.op, each.form, each.dtype): each.after for each in few}
 
     def explained(made: Evidence) -> Evidence:
@@ -89,7 +105,7 @@ def select(rows: Iterable[Measurement], policy: Policy) -> Lut:
         return replace(made, others=others(made, rows, policy, out, ratios, serving))
 
     rules = tuple(map(explained, rules))
-    lut = Lut(environment, policy, rules, tuple(groups), _expected(groups, rules), few=few)
+    lut = Lut(environment, policy, rules, tuple(groups), _expected(groups, rules), few=few, invariant=invariant)
     return replace(lut, certificate=certify(lut.table(), held_out, policy))
 
 

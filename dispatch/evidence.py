@@ -28,7 +28,7 @@ from dks.dispatch.modes import EAGER, MODES
 from dks.dispatch.plain import in_words, parse_json
 from dks.dispatch.problem import Candidate, Precision, Problem
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_FILE_BYTES = 64 * 2**20  # a problem's rows take kilobytes; anything near this is not ours
 MAX_FOOTER_BYTES = 2**20  # so many columns, at some 100 bytes each, are refused before they are parsed
 MAX_ROWS = 100_000  # candidates of one problem
@@ -79,7 +79,7 @@ class Measurement:
             if not timed.
         p99_ns: 99th percentile of all samples (nearest rank); null if not timed.
         ratio, ratio_low, ratio_high: default / this as ``ratio`` gives it; above 1 is faster.
-        error: ||y - ref|| / ||ref|| against float64, the larger of the two below.
+        error: ||y - ref|| / ||ref|| of the worst row against float64, the largest of the three below.
         error_normal: the same on unit-normal activations.
         error_outliers: the same on activations with outlier features.
         stable: whether the same call gave the same bits each time; null if it was not timed.
@@ -96,6 +96,9 @@ class Measurement:
         measured_at: ISO 8601 UTC, for people; nothing is computed from it.
         mode: how the call was executed, eager or graph; see ``dks.dispatch.modes``. Rows of the two modes share no
             rounds. Files of schema version 2 do not have it, and all of their rows are eager.
+        error_rows: ``error`` on rows of very different sizes; null if such a call was declined. Files before schema
+            version 4 do not have it, and their errors are those of whole outputs: see ``judged_by_rows``.
+        declines_rows: whether the kernel declined rows of very different sizes, so that the framework serves them.
     """
 
     op: str
@@ -131,6 +134,14 @@ class Measurement:
     environment: str
     measured_at: str
     mode: str = EAGER
+    error_rows: float | None = None
+    declines_rows: bool = False
+
+
+def judged_by_rows(row: Measurement) -> bool:
+    """Whether errors are those of the worst row. Before schema version 4 they were of whole outputs, in which a
+    large row hides what is wrong with the others."""
+    return row.declines_rows or row.error_rows is not None
 
 
 def clean_samples(row: Measurement) -> list[int]:
@@ -176,7 +187,12 @@ def _arrow_type(annotation: str) -> pa.DataType:
 SCHEMA = pa.schema(
     [pa.field(f.name, _arrow_type(str(f.type)), nullable="None" in str(f.type)) for f in fields(Measurement)]
 )
-_COLUMNS = {"2": pa.schema([field for field in SCHEMA if field.name != "mode"]), str(SCHEMA_VERSION): SCHEMA}
+_SINCE = {"mode": 3, "error_rows": 4, "declines_rows": 4}
+"""Columns that came after schema version 2, and the version that has them first."""
+_COLUMNS = {
+    str(version): pa.schema([field for field in SCHEMA if _SINCE.get(field.name, 2) <= version])
+    for version in range(2, SCHEMA_VERSION + 1)
+}
 """Of every version that reads."""
 _VERSION_KEY = b"dks.schema"
 _VERSION = re.compile(rb"dks\.schema\x18.([0-9]+)")  # as the footer has it: Thrift's compact protocol

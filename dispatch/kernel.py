@@ -112,6 +112,8 @@ class Kernel:
         searches: what its library may search, compile or download while it serves, such as an autotuner or a
             just-in-time compiler; empty where it does nothing of the kind. Strict mode refuses it.
         devices: kinds of device that it runs on, ``cpu`` and ``cuda``; see ``runs_on`` for what empty means.
+        batch_invariant: (params) -> whether the bits of a row's result depend on the row alone: not on the other
+            rows, nor on how many there are, nor on its place. A sweep checks it; see ``Operator.take``.
     """
 
     id: str
@@ -137,6 +139,7 @@ class Kernel:
     rank: int = 1
     searches: str = ""
     devices: tuple[str, ...] = ()
+    batch_invariant: Callable[[Params], bool] = lambda _: False
 
     def runs_on(self, device: str) -> bool:
         """Whether it is meant for a kind of device, ``cpu`` or ``cuda``.
@@ -196,6 +199,11 @@ def source_digest(kernel: Kernel) -> str:
     return digest.hexdigest()[:16]
 
 
+def take_rows(dynamic: tuple[Any, ...], first: int, end: int) -> tuple[Any, ...]:
+    """Rows first..end of every tensor among the dynamic arguments of a call."""
+    return tuple(each[first:end] if isinstance(each, torch.Tensor) else each for each in dynamic)
+
+
 @dataclass(frozen=True)
 class Operator:
     """An operator: its dims and traits, how to make a problem's inputs, and what the right answer is.
@@ -207,12 +215,15 @@ class Operator:
         traits: allowed values of each trait; the first is what is meant where nothing is said.
         default: id of the framework's own kernel, always a candidate.
         make_inputs: (problem, generator, draw) -> Inputs, in the strides and alignment the problem names;
-            ``draw`` is one of DRAWS.
+            ``draw`` is one of DRAWS, and makes the rows of the output as different as it says.
         reference: (problem, inputs) -> the output in float64.
         max_align: (problem) -> the best alignment in bytes that the strides of its dims allow.
         key_bytes: (problem) -> bytes of the constant arguments, which a sweep rotates to keep caches cold.
         server: (runtime) -> the object that serves this operator; see ``dks.dispatch.runtime``.
         odd_dims: (static dims) -> what is wrong with them together, or None.
+        batch: the dynamic dim that counts rows which have nothing to do with each other.
+        take: (dynamic arguments, first, end) -> those of these rows along ``batch`` alone, as views. By default it
+            is the first dim of every tensor.
     """
 
     name: str
@@ -226,6 +237,8 @@ class Operator:
     key_bytes: Callable[[Problem], int]
     server: Callable[[Any], Any]
     odd_dims: Callable[[Mapping[str, int]], str | None] = always
+    batch: str = "m"
+    take: Callable[[tuple[Any, ...], int, int], tuple[Any, ...]] = take_rows
 
     @property
     def static(self) -> tuple[str, ...]:
@@ -233,10 +246,17 @@ class Operator:
         return tuple(name for name in self.dims if name not in self.dynamic)
 
 
-DRAWS = ("normal", "outliers")
+DRAWS = ("normal", "outliers", "rows")
 """``normal``: unit Gaussian. ``outliers``: the same with one feature in 64 made 20 times larger, as
-activations of transformers have them (Dettmers et al., LLM.int8(), 2022). Kernels that quantise activations
-pass the first and may fail the second, so a candidate's error is the larger of both."""
+activations of transformers have them (Dettmers et al., LLM.int8(), 2022). ``rows``: rows of very different sizes,
+one of them massive, as the first token of a language model is (Sun et al., Massive Activations, 2024). Kernels that
+quantise activations pass the first and may fail the others, so a candidate's error is the largest of all."""
+
+MASSIVE = 1000.0
+"""Size of the one massive row of the draw ``rows``; the others are spread from 0.01 to 100."""
+
+SHORT = 16
+"""Numbers of a row below which its own size says little: it may be near zero by cancellation."""
 
 
 PERIOD = 4_194_301
@@ -253,12 +273,30 @@ def draw_normal(
     return drawn.repeat(-(-count // PERIOD))[:count].view(shape) if count > PERIOD else drawn.view(shape)
 
 
-def draw_activations(shape: tuple[int, ...], generator: torch.Generator, draw: str) -> torch.Tensor:
-    """Float32 activations of ``shape``, features last; see DRAWS."""
+def row_sizes(count: int, draw: str, power: float = 1.0) -> torch.Tensor:
+    """Float32 sizes (count,) of rows, to be multiplied with them: equal in all draws but ``rows``.
+
+    They depend on ``count`` alone, so that other values of the same sizes can be drawn.
+
+    Args:
+        power: what the sizes are raised to; 0.5 when the rows' numbers are multiplied with each other, which would
+            overflow float16.
+    """
+    if draw != "rows":
+        return torch.ones(count)
+    sizes = 10.0 ** (torch.arange(1, count + 1, dtype=torch.float64) * 0.6180339887 % 1.0 * 4.0 - 2.0)
+    sizes[count // 3 : count // 3 + 1] = MASSIVE  # neighbours on both sides
+    return (sizes**power).float()
+
+
+def draw_activations(
+    shape: tuple[int, int], generator: torch.Generator, draw: str, mean: float = 0.0, power: float = 1.0
+) -> torch.Tensor:
+    """Float32 activations of ``shape`` (rows, features) around ``mean``; see DRAWS and ``row_sizes``."""
     x = draw_normal(shape, generator)
     if draw == "outliers":
         x[..., ::64] *= 20.0
-    return x
+    return (x + mean) * row_sizes(shape[0], draw, power)[:, None]
 
 
 def aligned(tensor: torch.Tensor, align: int) -> torch.Tensor:
@@ -275,10 +313,16 @@ def aligned(tensor: torch.Tensor, align: int) -> torch.Tensor:
     return view
 
 
-def relative_error(y: Output, reference: Output) -> float:
-    """||y - reference|| / ||reference|| in float64; NaN where y has NaN, inf where shapes differ.
+def row_length(shape: torch.Size) -> int:
+    """Numbers of a row of an output: its last dim; one where it is the only dim, as of losses."""
+    return shape[-1] if len(shape) > 1 else 1
 
-    Of several tensors the largest, with NaN above all.
+
+def relative_error(y: Output, reference: Output) -> float:
+    """The worst row's ||y - reference|| / ||reference|| in float64; NaN where y has NaN, inf where shapes differ.
+
+    A row of fewer than SHORT numbers is held against all rows' size if that is larger. Of several tensors the
+    largest error, with NaN above all.
     """
     errors = [_relative_error(*pair) for pair in zip(parts(y), parts(reference), strict=True)]
     return next((error for error in errors if math.isnan(error)), max(errors))
@@ -287,6 +331,12 @@ def relative_error(y: Output, reference: Output) -> float:
 def _relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     if y.shape != reference.shape:
         return float("inf")
-    norm = float(torch.linalg.vector_norm(reference))
-    error = float(torch.linalg.vector_norm(y.double() - reference))
-    return error / norm if norm else error
+    if not reference.numel():
+        return 0.0
+    n = row_length(reference.shape)
+    wanted = reference.reshape(-1, n)
+    norm = torch.linalg.vector_norm(wanted, dim=1)
+    usual = norm.square().mean().sqrt()
+    norm = norm.clamp_min(usual) if n < SHORT else torch.where(norm > 0, norm, usual)
+    error = torch.linalg.vector_norm(y.reshape(-1, n).double() - wanted, dim=1)
+    return float((error / torch.where(norm > 0, norm, 1.0)).max())

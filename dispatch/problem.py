@@ -21,7 +21,7 @@ _PROBLEM = re.compile(r"(?P<op>[a-z0-9_]+)\[(?P<traits>[^\]]*)\]\((?P<dims>[^)]*
 
 
 class Precision(str, Enum):
-    """The class of arithmetic a kernel declares; ``limit`` bounds ||y - ref|| / ||ref|| against float64."""
+    """The class of arithmetic a kernel declares; ``limit`` bounds ||y - ref|| / ||ref|| of each row."""
 
     EXACT = "exact"
     BF16 = "bf16"

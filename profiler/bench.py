@@ -191,6 +191,7 @@ class Bench:
     def _note(self, finding: Finding, verdict: Verdict) -> None:
         finding.status, finding.reason = verdict.status, verdict.reason
         finding.errors |= {name: error for name, error in verdict.errors.items() if math.isfinite(error)}
+        finding.declines_rows |= verdict.declines_rows
         finding.stable = verdict.stable if finding.stable is None else finding.stable and verdict.stable
 
     def time(self, job: Job) -> Iterator[list[Round] | tuple[str, Finding]]:
@@ -241,7 +242,7 @@ class Bench:
                     raise
                 verdict = Verdict().fail("crashed", why)
             if verdict.status != "ok":
-                yield name, Finding(verdict.status, verdict.reason, dict(verdict.errors), verdict.stable)
+                yield name, Finding(verdict.status, verdict.reason, dict(verdict.errors), stable=verdict.stable)
             if verdict.status == "crashed":
                 return
         self._in_flight("")

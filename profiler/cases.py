@@ -10,18 +10,44 @@ from typing import Any
 import torch
 
 from dks.dispatch import pool
-from dks.dispatch.kernel import Inputs, Kernel, Launch, parts
+from dks.dispatch.kernel import SHORT, Inputs, Kernel, Launch, parts, row_length
 from dks.dispatch.problem import MAX_ALIGNMENT, Precision, Problem
 from dks.profiler.device import moved
-from dks.profiler.draws import HOST, NOT_FINITE, SCALED, Slot, has_values, noisy, place, redrawn, tensors
+from dks.profiler.draws import (
+    HOST,
+    NOT_FINITE,
+    SCALED,
+    Slot,
+    flipped,
+    has_values,
+    noisy,
+    place,
+    redrawn,
+    tensors,
+)
 from dks.profiler.gaps import Gap, gap, gap_beside_non_finite, size_of
 from dks.profiler.trial import NOBODY, Case, Draw
 
 OUTLIER_SIZE = 64  # of each dynamic dim in the outlier check: enough rows to show the range of a whole tensor
 SIZES = (1, 2, 3, 17, 65)  # of each dynamic dim: one row, odd ones, one more than whole blocks
+ROWS_SIZE = 33  # of each dynamic dim where rows differ in size: one more than whole blocks
+FLIPS = 4  # of all signs, which say how large a short row usually is
+BATCH = 70  # rows of the batch that single rows are compared with: more than several whole tiles
+BATCH_BESIDE = 33  # of the other dynamic dims there
+ALONE = ((0, 1), (5, 6), (BATCH - 1, BATCH), (1, 3), (30, 37), (6, BATCH))
+"""Rows first..end that are compared: single ones in several places, few and many."""
 EXTREME_SIZE = 17  # of each dynamic dim where values are extreme: a middle row with neighbours on both sides
 NEAR_LIMIT = 2**26  # product of dims beyond which the sizes beside a problem's own are left to held-out shapes
 FORGIVEN = 10.0  # class limits that the framework's own error on normal data may lift a bound by
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """Rows first..end of a batch by themselves, as dynamic arguments."""
+
+    first: int
+    end: int
+    args: tuple[Any, ...]
 
 
 @dataclass
@@ -33,6 +59,7 @@ class Group:
     least: tuple[float, ...] = ()  # root mean square of each tensor of its output on normal data
     placed: dict[int, tuple[list[Slot], tuple[Any, ...]]] = field(default_factory=dict)
     cases: dict[str, list[Case]] = field(default_factory=dict)
+    batches: dict[tuple[int, ...], tuple[Case, list[Alone]]] = field(default_factory=dict)
 
 
 class Cases:
@@ -88,7 +115,7 @@ class Cases:
         return next(filter(None, faults), "")
 
     def named(self, problem: Problem, name: str, align: int = 0) -> list[Case]:
-        """The cases of that name: small, low (less aligned: ``align`` bytes), extreme or outliers."""
+        """The cases of that name: small, low (less aligned: ``align`` bytes), extreme, outliers or rows."""
         key = f"{name}{align}"
         if key not in self._group.cases:
             placed = replace(problem, align=align or problem.align)
@@ -113,8 +140,26 @@ class Cases:
     def _drawn(self, case: Case, kind: str, values: Sequence[torch.Tensor]) -> Draw:
         images = [slot.image(v) for slot, v in zip(case.slots, values, strict=True)]
         drawn = Draw(kind, images, self._reference(case))
+        if kind == "rows":
+            drawn.usual = self._usual(case, values, drawn.reference)
         drawn.allowed = self._framework_gap(case, drawn)
         return drawn
+
+    def _usual(
+        self, case: Case, values: Sequence[torch.Tensor], reference: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """How large short rows usually are, from other signs of their values; the slots then hold those."""
+        if all(row_length(part.shape) >= SHORT for part in reference):
+            return (None,) * len(reference)
+        generator = torch.Generator().manual_seed(self._seed)
+        squares = [part.square() for part in reference]
+        for _ in range(FLIPS):
+            for slot, v in zip(case.slots, values, strict=True):
+                slot.image(flipped(v, generator))
+            for square, part in zip(squares, self._reference(case), strict=True):
+                square.add_(part.square())
+        rows = (square.reshape(-1, row_length(square.shape)) for square in squares)
+        return tuple((row.mean(dim=1) / (1 + FLIPS)).sqrt() for row in rows)
 
     def _reference(self, case: Case) -> tuple[torch.Tensor, ...]:
         operator = pool.operator(case.problem.op)
@@ -130,11 +175,23 @@ class Cases:
         except Exception:  # a size that the framework refuses is not asked of others
             return (NOBODY,) * len(draw.reference)
         least = self._group.least or (0.0,) * len(draw.reference)  # not yet known for the first draws of all
-        return tuple(self._allowed(case, draw, *each) for each in zip(ys, draw.reference, least, strict=True))
+        usual = draw.usual or (None,) * len(draw.reference)
+        each = zip(ys, draw.reference, least, usual, strict=True)
+        return tuple(self._allowed(case, draw, *one) for one in each)
 
-    def _allowed(self, case: Case, draw: Draw, y: torch.Tensor, reference: torch.Tensor, least: float) -> Gap:
-        wrong, found = gap_beside_non_finite(y, reference, least, draw.ignored)
-        if draw.extreme:
+    def _allowed(
+        self,
+        case: Case,
+        draw: Draw,
+        y: torch.Tensor,
+        reference: torch.Tensor,
+        least: float,
+        usual: torch.Tensor | None,
+    ) -> Gap:
+        if not draw.extreme:
+            wrong, found = "", gap(y, reference, least, draw.ignored, usual)
+        else:
+            wrong, found = gap_beside_non_finite(y, reference, least, draw.ignored)
             return NOBODY if wrong or not math.isfinite(found.total) else found.times(2.0)
         default = pool.kernels()[pool.operator(case.problem.op).default]
         return found.times(2.0).at_most(default.precision[case.problem.trait("dtype")], FORGIVEN)
@@ -188,6 +245,28 @@ class Cases:
         sizes = (OUTLIER_SIZE,) * len(pool.operator(problem.op).dynamic)
         return [self._case(self._sized(problem, sizes), self._seed, draw="outliers")]
 
+    def _rows(self, problem: Problem) -> list[Case]:
+        sizes = (ROWS_SIZE,) * len(pool.operator(problem.op).dynamic)
+        return [self._case(self._sized(problem, sizes), self._seed, draw="rows")]
+
+    def batch(self, problem: Problem) -> tuple[Case, list[Alone]]:
+        """A batch, and some of its rows by themselves, each at an address of its own.
+
+        Other dynamic dims are the problem's own, at most ``BATCH_BESIDE``.
+        """
+        operator = pool.operator(problem.op)
+        sizes = tuple(
+            BATCH if name == operator.batch else min(BATCH_BESIDE, problem.dim(name)) for name in operator.dynamic
+        )
+        if sizes not in self._group.batches:
+            case = self._case(self._sized(problem, sizes), self._seed)
+            alone = [
+                Alone(first, end, place(operator.take(case.args, first, end), problem.align, turn, self._device)[1])
+                for turn, (first, end) in enumerate(ALONE)
+            ]
+            self._group.batches[sizes] = (case, alone)
+        return self._group.batches[sizes]
+
     def at_own_size(self, problem: Problem) -> list[Case]:
         """The problem itself, one less of each dynamic dim, and a size that the bin below would hold."""
         if problem != self._problem:
@@ -219,4 +298,5 @@ _MAKERS: dict[str, Callable[[Cases, Problem], list[Case]]] = {
     "low": Cases._low,
     "extreme": Cases._extreme,
     "outliers": Cases._outliers,
+    "rows": Cases._rows,
 }

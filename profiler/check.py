@@ -25,12 +25,13 @@ from dks.dispatch import pool
 from dks.dispatch.gpu import library as programs
 from dks.dispatch.gpu.cutlass import library as cutlass_library
 from dks.dispatch.gpu.library import Unsuited
-from dks.dispatch.kernel import Inputs, Kernel, Launch, parts, relative_error
+from dks.dispatch.kernel import Inputs, Kernel, Launch, Params, parts
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles import library
 from dks.dispatch.tiles.library import Missing
 from dks.profiler.cases import Cases, Group
 from dks.profiler.draws import HOST, Lent, tensors
+from dks.profiler.gaps import gap
 from dks.profiler.process_state import ProcessState
 from dks.profiler.trial import (
     Case,
@@ -56,7 +57,9 @@ class Verdict:
         status: ok, wrong_result, failed, out_of_memory, unsupported, unsuited, unavailable or
             not_compiled.
         reason: one line of at most 300 characters; empty where all is well.
-        errors: relative errors: ``normal`` at the problem's size, ``outliers`` with dynamic dims of 64.
+        errors: of the worst row: ``normal`` at the problem's size, ``outliers`` with dynamic dims of 64, ``rows``
+            with dynamic dims of 33, unless it was declined.
+        declines_rows: whether rows of very different sizes were declined.
         stable: whether repeated calls on the same inputs agreed in every bit; None where it was not seen.
         poisoned: the process itself was changed; it must not be used any more.
     """
@@ -64,6 +67,7 @@ class Verdict:
     status: str = "ok"
     reason: str = ""
     errors: dict[str, float] = field(default_factory=dict)
+    declines_rows: bool = False
     stable: bool | None = None
     poisoned: bool = False
 
@@ -156,6 +160,7 @@ class Checker:
             self._known[candidate] = self._on_the_weight(problem, kernel, candidate)
         known, run = self._known[candidate]
         verdict.errors.update(known.errors)
+        verdict.declines_rows = known.declines_rows
         if run is None:
             raise Rejected(known.status, known.reason)
         stable = self._at_own_size(problem, kernel, run, verdict.errors)
@@ -167,7 +172,7 @@ class Checker:
         verdict = Verdict()
         try:
             run = self._bind(problem, kernel, candidate)
-            verdict.stable = self._battery(problem, kernel, run, verdict.errors)
+            verdict.stable = self._battery(problem, kernel, candidate.params, run, verdict)
         except Rejected as found:
             return verdict.fail(found.status, _joined(self._cases.mend(), found.reason)), None
         return verdict, run
@@ -181,7 +186,7 @@ class Checker:
         expect_untouched(slots, "in bind")
         return run
 
-    def _battery(self, problem: Problem, kernel: Kernel, run: Launch, errors: dict[str, float]) -> bool:
+    def _battery(self, problem: Problem, kernel: Kernel, params: Params, run: Launch, verdict: Verdict) -> bool:
         """What needs no more than the weight: small sizes, addresses, repetitions, extreme values."""
         trial = self._trial(problem, kernel, run)
         stable = True
@@ -205,17 +210,43 @@ class Checker:
         for case in self._cases.named(problem, "extreme"):
             for draw in case.draws:
                 trial.call(case, draw)
+        self._beside_others(problem, kernel, trial, verdict)
+        if kernel.batch_invariant(params):
+            self._expect_batch_invariant(problem, trial, run)
+        trial.settle()
+        trial.finish()
+        return stable
+
+    def _expect_batch_invariant(self, problem: Problem, trial: Trial, run: Launch) -> None:
+        """That rows by themselves have the bits that they have in a batch, as the kernel declares."""
+        case, alone = self._cases.batch(problem)
+        together = trial.call(case, case.draws[0])
+        for rows in alone:
+            try:
+                found = parts(run(*rows.args))
+            except BaseException as error:
+                rejected(error, f" on rows {rows.first}..{rows.end} of a batch alone")
+            if not all(map(torch.equal, found, (part[rows.first : rows.end] for part in together))):
+                which = f"rows {rows.first}..{rows.end} of a batch"
+                raise Rejected("wrong_result", f"declares batch invariance, but {which} have other bits alone")
+
+    def _beside_others(self, problem: Problem, kernel: Kernel, trial: Trial, verdict: Verdict) -> None:
+        """What large values do to small ones, of their own row and of others."""
         (outliers,) = self._cases.named(problem, "outliers")
         # What outliers cost a kernel that quantises is recorded; whether that is too much, a policy says.
         quantises = kernel.precision[problem.trait("dtype")] in (Precision.INT8, Precision.INT4)
         ys = trial.call(outliers, outliers.draws[0], judge=not quantises)
-        found = relative_error(ys, outliers.draws[0].reference)
-        if not math.isfinite(found):
+        found = [gap(y, right).row for y, right in zip(ys, outliers.draws[0].reference, strict=True)]
+        if not all(map(math.isfinite, found)):
             raise Rejected("wrong_result", "not finite on data with outliers")
-        errors["outliers"] = found
-        trial.settle()
-        trial.finish()
-        return stable
+        verdict.errors["outliers"] = max(found)
+        # What a row's neighbours cost it must stay inside the class, or the call is declined.
+        (unlike,) = self._cases.named(problem, "rows")
+        (draw,) = unlike.draws
+        ys = trial.call(unlike, draw, judge=False)
+        verdict.declines_rows = draw.kind in trial.declined
+        if not verdict.declines_rows:
+            verdict.errors["rows"] = trial.judge(unlike, draw, ys)
 
     def _at_own_size(self, problem: Problem, kernel: Kernel, run: Launch, errors: dict[str, float]) -> bool:
         trial = self._trial(problem, kernel, run)

@@ -141,6 +141,13 @@ def redrawn(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return t.reshape(-1)[order].view(t.shape).mul_(signs) if t.numel() > 1 else -t
 
 
+def flipped(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The same activations with random signs, each where it was; what holds none stays as it is."""
+    if not has_values(t):
+        return t
+    return t * torch.randint(0, 2, t.shape, generator=generator).to(t.dtype).mul_(2).sub_(1)
+
+
 def _varied(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A third of what was seen hidden, other keys for each row, the first key never."""
     rows, keys = (torch.arange(size) for size in mask.shape[-2:])

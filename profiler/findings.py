@@ -51,13 +51,14 @@ class Finding:
     """What was found of one candidate, apart from its times; the fields of ``Measurement`` of the same names.
 
     Attributes:
-        errors: relative error by draw, ``normal`` and ``outliers``.
+        errors: relative error of the worst row by draw: ``normal``, ``outliers`` and ``rows``.
         digest: of the kernel's source.
     """
 
     status: str = "ok"
     reason: str = ""
     errors: dict[str, float] = field(default_factory=dict)
+    declines_rows: bool = False
     stable: bool | None = None
     peak_bytes: int | None = None
     peak_note: str = ""
@@ -193,6 +194,8 @@ def _row(header: Header, candidate: Candidate, finding: Finding, rounds: Sequenc
         error=max(finding.errors.values()) if finding.errors else None,
         error_normal=finding.errors.get("normal"),
         error_outliers=finding.errors.get("outliers"),
+        error_rows=finding.errors.get("rows"),
+        declines_rows=finding.declines_rows,
         stable=finding.stable,
         form_bytes=kernel.form_bytes(header.problem) if finding.status == "ok" else 0,
         peak_bytes=finding.peak_bytes,
@@ -226,11 +229,12 @@ def from_rows(rows: Iterable[Measurement]) -> Findings:
     findings = Findings()
     rounds: dict[int, Round] = {}
     for row in rows:
-        errors = {"normal": row.error_normal, "outliers": row.error_outliers}
+        errors = {"normal": row.error_normal, "outliers": row.error_outliers, "rows": row.error_rows}
         findings.found[row.candidate] = Finding(
             status=row.status,
             reason=row.reason,
             errors={name: error for name, error in errors.items() if error is not None},
+            declines_rows=row.declines_rows,
             stable=row.stable,
             peak_bytes=row.peak_bytes,
             peak_note=row.peak_note,

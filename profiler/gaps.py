@@ -7,6 +7,7 @@ from math import inf, isnan, sqrt
 
 import torch
 
+from dks.dispatch.kernel import SHORT, row_length
 from dks.dispatch.problem import Precision
 
 ELEMENT = 8.0  # of a class's limit: noise of that size has no 8-sigma element in any tensor that fits a memory
@@ -19,8 +20,9 @@ _CHUNK_GPU = 2**24  # there a chunk costs a dozen launches, and bandwidth is ple
 class Gap:
     """Errors, each over the size of what it belongs to: root mean squares, and the largest element's.
 
-    A row or an element is held against the root mean square of its own row or of all, whichever is larger:
-    a value that is small by cancellation is as exact as the values around it.
+    A row is held against its own root mean square, so that no other row's size hides what is wrong with it. One of
+    fewer than SHORT numbers is held against what such a row usually has, if that is larger: it may be near zero by
+    cancellation. An element is held against itself and its row: it is as exact as the values around it.
     """
 
     total: float
@@ -36,7 +38,7 @@ class Gap:
             shape: of the output; short rows scatter more.
             allowed: errors that are nobody's fault.
         """
-        n = _row(shape)
+        n = row_length(shape)
         rows = max(1, shape.numel() // max(n, 1))
         bounds = {
             "element": ELEMENT,
@@ -65,17 +67,18 @@ class Gap:
         return Gap(*(min(value, cap) for value in (self.total, self.row, self.column, self.element)))
 
 
-def _row(shape: torch.Size) -> int:
-    """Elements of a row."""
-    return shape[-1] if len(shape) > 1 else 1
-
-
 def size_of(reference: torch.Tensor) -> float:
     """Root mean square of a float64 reference; 0 where it has no elements."""
     return float(torch.linalg.vector_norm(reference)) / sqrt(max(1, reference.numel()))
 
 
-def gap(y: torch.Tensor, reference: torch.Tensor, least: float = 0.0, ignored: float = 0.0) -> Gap:
+def gap(
+    y: torch.Tensor,
+    reference: torch.Tensor,
+    least: float = 0.0,
+    ignored: float = 0.0,
+    usual: torch.Tensor | None = None,
+) -> Gap:
     """Compare an output of any dtype with its float64 reference of the same shape.
 
     Args:
@@ -84,11 +87,13 @@ def gap(y: torch.Tensor, reference: torch.Tensor, least: float = 0.0, ignored: f
             is the only dim, as of losses: what belongs to one row must not hide in, or spoil, those of others.
         least: root mean square that such outputs usually have; used where the reference has few elements.
         ignored: absolute error that counts as none.
+        usual: float64 root mean square (rows,) that each row usually has, where rows differ in size; all rows' size
+            where they do not.
 
     Returns:
         The gap; NaN where ``y`` has NaN, inf where it has infinity.
     """
-    n = _row(reference.shape)
+    n = row_length(reference.shape)
     wanted, found = reference.reshape(-1, n), y.reshape(-1, n)
     rows = wanted.shape[0]
     if not rows or not n:
@@ -105,7 +110,11 @@ def gap(y: torch.Tensor, reference: torch.Tensor, least: float = 0.0, ignored: f
         if ignored:
             error = error.sub_(ignored).clamp_min_(0.0)
         squares, sizes = error.square(), right.square()
-        row_size = sizes.mean(dim=1).sqrt_().clamp_min_(base)
+        row_size = sizes.mean(dim=1).sqrt_()
+        others = row_size.new_full((), base) if usual is None else usual[start : start + step]
+        if n < SHORT:
+            row_size = row_size.maximum(others)
+        row_size = torch.where(row_size > 0.0, row_size, base)  # a row of zeros
         worst_row.append((squares.mean(dim=1).sqrt_() / row_size).max())
         worst_element.append((error / (right.abs() + row_size[:, None])).max())
         column_error += squares.sum(dim=0)
@@ -132,7 +141,7 @@ def gap_beside_non_finite(
     Returns:
         (what is wrong with the values that are not finite, or ""; the gap of the finite rows).
     """
-    n = _row(reference.shape)
+    n = row_length(reference.shape)
     wanted, found = reference.reshape(-1, n), y.reshape(-1, n)
     finite = wanted.isfinite()
     clean = finite.all(dim=1)

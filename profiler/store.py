@@ -296,13 +296,16 @@ class Store:
             default = pool.operator(contest.problem.op).default
             for name, finding in list(findings.found.items()):
                 kernel = Candidate.parse(name).kernel
-                if finding.digest != self._digests.get(kernel):
+                # Older versions' errors are those of whole outputs, and say nothing of single rows.
+                by_rows = finding.status != "ok" or finding.declines_rows or "rows" in finding.errors
+                if finding.digest != self._digests.get(kernel) or not by_rows:
                     findings.forget(name, default)
                     dropped[kernel] = dropped.get(kernel, 0) + 1
                     self._dirty.add(contest)
         for kernel, count in sorted(dropped.items()):
             self.notes.append(
-                f"new session: the source of {kernel} changed; its {count} results are measured again"
+                f"new session: the source of {kernel} changed, or its errors were not taken a row; its {count} "
+                "results are measured again"
             )
         return bool(dropped)
 

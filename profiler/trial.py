@@ -54,12 +54,13 @@ class Draw:
     """Values of one call and what the answer must be; shared by all candidates.
 
     Attributes:
-        kind: normal, outliers, or a name in SCALED or NOT_FINITE.
+        kind: one of DRAWS, or a name in SCALED or NOT_FINITE.
         images: bytes for each slot of its case.
         reference: in float64, each tensor of the output.
         allowed: for each of them, errors that are the framework's as well; NOBODY where nobody is to be judged
             by this draw.
         unfit: classes whose own noise changes the answer; finite where it should be is then enough.
+        usual: of each tensor, the root mean square that each of its rows usually has; None where rows are alike.
     """
 
     kind: str
@@ -67,11 +68,17 @@ class Draw:
     reference: tuple[torch.Tensor, ...]
     allowed: tuple[Gap | None, ...] = ()
     unfit: frozenset[Precision] = frozenset()
+    usual: tuple[torch.Tensor | None, ...] = ()
 
     @property
     def extreme(self) -> bool:
-        """Whether a kernel may decline these values."""
+        """Whether the values are so large, small or few that the framework itself may be at a loss."""
         return self.kind in SCALED or self.kind in NOT_FINITE
+
+    @property
+    def may_be_declined(self) -> bool:
+        """Whether a kernel may decline these values: the framework then serves such calls."""
+        return self.extreme or self.kind == "rows"
 
     @property
     def ignored(self) -> float:
@@ -79,7 +86,20 @@ class Draw:
         return FLUSHED if self.kind == "subnormal" else 0.0
 
     def __str__(self) -> str:
-        return f"{self.kind} data" if self.kind in ("normal", "outliers") else f"{self.kind} values"
+        if self.kind == "rows":
+            return "rows of very different sizes"
+        return f"{self.kind} values" if self.extreme else f"{self.kind} data"
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """One tensor of an output, and what it is judged by; see ``Draw``, ``Trial`` and ``gap``."""
+
+    y: torch.Tensor
+    reference: torch.Tensor
+    least: float
+    allowed: Gap | None
+    usual: torch.Tensor | None
 
 
 @dataclass
@@ -123,6 +143,8 @@ class Trial:
         self._static = static
         self._kept: list[tuple[Tensors, Tensors, str]] = []
         self._right: dict[int, Tensors] = {}
+        self.declined: set[str] = set()
+        """Kinds of draws that the kernel declined."""
 
     def call(self, case: Case, draw: Draw, judge: bool = True) -> Tensors:
         """Run once on ``draw``; the output stays alive, and must stay as it was returned, until ``settle``.
@@ -140,7 +162,8 @@ class Trial:
         try:
             output = self._run(*case.args)
         except Declined as why:
-            if draw.extreme:
+            if draw.may_be_declined:
+                self.declined.add(draw.kind)
                 return tuple(torch.full_like(part, math.nan, dtype=self._dtype) for part in draw.reference)
             raise Rejected("failed", f"declined {where}: {why}") from None
         except BaseException as error:
@@ -163,7 +186,7 @@ class Trial:
                 given what chance and the framework's own error take.
 
         Returns:
-            The largest total error, ||y - reference|| / ||reference||; 0 where there was nothing to compare.
+            The error of the worst row, ||y - reference|| / ||reference||; 0 where there was nothing to compare.
 
         Raises:
             Rejected: the class does not allow the gap.
@@ -172,41 +195,34 @@ class Trial:
         if known is not None and equal(ys, known):
             return 0.0
         where = f"on {draw}, {_sizes(case.problem)}"
-        judged = zip(ys, draw.reference, self._least, draw.allowed, strict=True)
-        totals = [
-            self._judge_one(draw, *each, strict_total, _named(i, ys) + where) for i, each in enumerate(judged)
+        usual = draw.usual or (None,) * len(ys)
+        judged = zip(ys, draw.reference, self._least, draw.allowed, usual, strict=True)
+        worst = [
+            self._judge_one(draw, _Judged(*each), strict_total, _named(i, ys) + where)
+            for i, each in enumerate(judged)
         ]
         self._right[id(draw)] = ys
-        return max(totals)
+        return max(worst)
 
-    def _judge_one(
-        self,
-        draw: Draw,
-        y: torch.Tensor,
-        reference: torch.Tensor,
-        least: float,
-        allowed: Gap | None,
-        strict_total: bool,
-        where: str,
-    ) -> float:
-        if allowed is NOBODY:
+    def _judge_one(self, draw: Draw, part: _Judged, strict_total: bool, where: str) -> float:
+        if part.allowed is NOBODY:
             return 0.0
         # Infinity less infinity is NaN by accident; the bf16 attention of torch has numbers there.
         strict = self._precision is Precision.EXACT or draw.kind == "nan"
         if draw.extreme:
-            said, found = gap_beside_non_finite(y, reference, least, draw.ignored, strict)
+            said, found = gap_beside_non_finite(part.y, part.reference, part.least, draw.ignored, strict)
         else:  # its reference is finite
-            said, found = "", gap(y, reference, least, draw.ignored)
+            said, found = "", gap(part.y, part.reference, part.least, draw.ignored, part.usual)
         limit = self._precision.limit
-        if strict_total and y.numel() >= FEW and not found.total <= limit:
+        if strict_total and part.y.numel() >= FEW and not found.total <= limit:
             said = f"error {found.total:.2e}, its class allows {limit:g}"
         elif self._precision in draw.unfit:
             said = said or ("" if math.isfinite(found.total) else "not finite")
         else:
-            said = said or found.over(self._precision, y.shape, allowed)
+            said = said or found.over(self._precision, part.y.shape, part.allowed)
         if said:
             raise Rejected("wrong_result", f"{said}, {where}")
-        return found.total
+        return found.row
 
     def settle(self) -> None:
         """Wait for hidden work; then every output must still be what it was when it was returned."""

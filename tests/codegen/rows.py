@@ -62,6 +62,7 @@ def row(
         "error": error,
         "error_normal": error,
         "error_outliers": error,
+        "error_rows": error,
         "stable": True,
         "form_bytes": kernel.form_bytes(of) if kernel else 0,
         "peak_bytes": None,

@@ -190,3 +190,19 @@ def test_a_barred_candidate_that_would_not_have_won_is_not_mentioned() -> None:
     bad = row("torch.addmm", [], problem(32), role="held_out", status="failed", reason="it did")
     candidate, reason = chosen([*two_bins(), bad])[problem(64).id]
     assert candidate == PACKED and "passed over" not in reason
+
+
+def test_an_error_of_whole_outputs_admits_no_quantised_kernel() -> None:
+    """As older versions measured it: a large row hides in it what is wrong with the others."""
+    rows = [
+        row("torch.linear", 20),
+        row("tile.i8_avx512_vnni/mr6-nv4-kc0-pf0-t1-r0", 10, error=1e-2, precision="int8"),
+    ]
+    policy = Policy(max_error=5e-2)
+    assert choose(PROBLEM, "prepared", rows, policy).candidate == rows[1].candidate
+    old = [dataclasses.replace(each, error_rows=None) for each in rows]
+    assert choose(PROBLEM, "prepared", old, policy).candidate == "torch.linear"
+    exact = [old[0], dataclasses.replace(old[1], precision="exact")]
+    assert choose(PROBLEM, "prepared", exact, policy).candidate == rows[1].candidate
+    declines = [old[0], dataclasses.replace(old[1], declines_rows=True)]
+    assert choose(PROBLEM, "prepared", declines, policy).candidate == rows[1].candidate

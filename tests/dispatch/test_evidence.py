@@ -13,7 +13,16 @@ import pytest
 
 from dks.dispatch import evidence
 from dks.dispatch.errors import BadInput
-from dks.dispatch.evidence import SCHEMA, Measurement, bind, is_ours, read_rows, read_run, write_rows
+from dks.dispatch.evidence import (
+    SCHEMA,
+    Measurement,
+    bind,
+    is_ours,
+    judged_by_rows,
+    read_rows,
+    read_run,
+    write_rows,
+)
 from tests.codegen.rows import problem, row
 
 
@@ -150,24 +159,36 @@ def test_a_failed_write_leaves_the_old_file(
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
-def write_version_2(path: Path, rows: list[Measurement]) -> None:
-    """As the version before execution modes wrote it."""
-    names = [name for name in SCHEMA.names if name != "mode"]
-    schema = pa.schema([SCHEMA.field(name) for name in names], metadata={b"dks.schema": b"2"})
+SINCE = {"mode": 3, "error_rows": 4, "declines_rows": 4}
+
+
+def write_version(version: int, path: Path, rows: list[Measurement]) -> None:
+    """As an older version wrote it."""
+    names = [name for name in SCHEMA.names if SINCE.get(name, 2) <= version]
+    schema = pa.schema([SCHEMA.field(name) for name in names], metadata={b"dks.schema": b"%d" % version})
     write_bound(path, pa.table({name: [getattr(row, name) for row in rows] for name in names}, schema=schema))
 
 
-def test_files_of_version_2_read_and_all_of_them_is_eager(tmp_path: Path, rows: list[Measurement]) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_files_of_older_versions_read_and_say_nothing_of_rows(
+    version: int, tmp_path: Path, rows: list[Measurement]
+) -> None:
     path = tmp_path / "a.parquet"
-    write_version_2(path, rows)
-    assert read_rows(path) == rows and {row.mode for row in rows} == {"eager"}
-    assert is_ours(path)
+    write_version(version, path, rows)
+    read = read_rows(path)
+    assert read == [dataclasses.replace(row, error_rows=None) for row in rows]
+    assert {row.mode for row in read} == {"eager"} and not any(map(judged_by_rows, read))
+    assert all(map(judged_by_rows, rows)) and is_ours(path)
 
 
 def test_each_version_has_its_own_columns_and_modes_have_names(tmp_path: Path, rows: list[Measurement]) -> None:
     path = tmp_path / "a.parquet"
     whole = pa.table({name: [getattr(row, name) for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
-    for version, table in ((b"2", whole), (b"3", whole.drop_columns(["mode"]))):
+    for version, table in (
+        (b"2", whole),
+        (b"3", whole.drop_columns(["mode"])),
+        (b"4", whole.drop_columns(["mode"])),
+    ):
         write_bound(path, table.replace_schema_metadata({b"dks.schema": version}))
         with pytest.raises(BadInput, match=r"other columns than expected: .*mode: string"):
             read_rows(path)

@@ -81,7 +81,9 @@ class FakeProcess:
         if (why := kernel.objection(problem)) is not None:
             return Finding("unsupported", why), False
         faults = self.machine.faults if mode == "eager" else self.machine.graph_faults
-        fault = faults.get(candidate.id, Finding(errors={"normal": 1e-7, "outliers": 1e-7}, stable=True))
+        fault = faults.get(
+            candidate.id, Finding(errors={"normal": 1e-7, "outliers": 1e-7, "rows": 1e-7}, stable=True)
+        )
         if isinstance(fault, Lost):
             raise fault
         return Finding(**vars(fault)), False

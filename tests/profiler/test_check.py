@@ -382,7 +382,7 @@ def test_errors_are_those_of_the_problem_whatever_came_before() -> None:
         verdicts = [made.check(linear(m=m, n=64, k=128), int8) for m in sizes]
         assert all(v.status == "ok" for v in verdicts)
         seen.append(verdicts[-1].errors)
-    assert seen[0] == seen[1] and set(seen[0]) == {"normal", "outliers"}
+    assert seen[0] == seen[1] and set(seen[0]) == {"normal", "outliers", "rows"}
     assert seen[0]["outliers"] > 1e-2, "outliers must cost an int8 kernel its 1e-2 budget"
 
 
@@ -403,12 +403,102 @@ def test_the_declared_alignment_is_kept(fresh: Checker, add: Add) -> None:
 
 
 def test_one_element_in_a_large_output_is_found() -> None:
-    y = torch.randn(1000, 300)
+    y = torch.randn(100, 30_000)
     reference = y.double()
-    y[700, 299] += 1e-3
+    y[70, 29_999] += 1e-3
     found = gap(y, reference)
     assert relative_error(y, reference) < 1e-5 < found.element
     assert found.over(Precision.EXACT, y.shape) and not found.over(Precision.BF16, y.shape)
+
+
+def expect_finite(x: torch.Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        raise Declined("not finite")
+
+
+def quantised(x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    expect_finite(x)
+    step = largest / 127 + 1e-30
+    return (x / step).round() * step
+
+
+def one_scale(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+    return lambda x: torch.nn.functional.linear(quantised(x, x.abs().max()), weight, bias)
+
+
+def a_scale_a_row(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+    return lambda x: torch.nn.functional.linear(quantised(x, x.abs().amax(-1, keepdim=True)), weight, bias)
+
+
+def one_scale_for_alike_rows(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+    run = one_scale(problem, params, weight, bias)
+
+    def careful(x: torch.Tensor) -> torch.Tensor:
+        expect_finite(x)
+        sizes = x.norm(dim=-1)
+        if float(sizes.max()) > 50.0 * float(sizes.min()):
+            raise Declined("rows of too different sizes")
+        return run(x)
+
+    return careful
+
+
+def test_a_row_beside_a_massive_one_keeps_its_class_or_the_call_is_declined(fresh: Checker, add: Add) -> None:
+    int8 = {"precision": {"float32": Precision.INT8}}
+    spoiled = fresh.check(linear(), add(one_scale, **int8))
+    assert spoiled.status == "wrong_result" and "on rows of very different sizes" in spoiled.reason
+    alone = fresh.check(linear(), add(a_scale_a_row, **int8))
+    assert alone.status == "ok" and alone.errors["rows"] < 0.05 and not alone.declines_rows
+    declined = fresh.check(linear(), add(one_scale_for_alike_rows, **int8))
+    assert declined.status == "ok" and declined.declines_rows and set(declined.errors) == {"normal", "outliers"}
+
+
+def test_a_large_row_hides_no_other() -> None:
+    reference = torch.randn(8, 64, dtype=torch.float64)
+    reference[3] *= 1000
+    y = reference.float()
+    y[5] = 0
+    assert gap(y, reference).total < 1e-3 and gap(y, reference).row == pytest.approx(1.0)
+    assert relative_error(y, reference) == pytest.approx(1.0)
+
+
+def test_a_short_row_near_zero_by_cancellation_is_held_against_its_usual_size() -> None:
+    reference = torch.tensor([[1000.0], [1e-9], [1.0]], dtype=torch.float64)
+    usual = torch.tensor([1000.0, 1.0, 1.0], dtype=torch.float64)
+    assert gap(reference + 1e-6, reference, usual=usual).row == pytest.approx(1e-6)
+    assert gap(reference + torch.tensor([[0.0], [0.0], [0.5]]), reference, usual=usual).row == pytest.approx(0.5)
+
+
+def with_factors(factors: Callable[[int], torch.Tensor]) -> Callable[..., Run]:
+    """Right within its class, but for the bits: each of m rows times a factor."""
+
+    def bind(problem: Problem, params: object, weight: torch.Tensor, bias: torch.Tensor) -> Run:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            y = (x.unsqueeze(-2) * weight).sum(-1) + bias
+            return y * factors(len(x))[:, None]
+
+        return run
+
+    return bind
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        lambda m: torch.full((m,), 1 + 2e-7 * (m > 16)),
+        lambda m: 1 + 2e-7 * (torch.arange(m) % 4 == 1),
+        lambda m: 1 + 2e-7 * (torch.arange(m) >= m // 8 * 8),
+    ],
+    ids=["by the number of rows", "by place", "in the tail"],
+)
+def test_declared_batch_invariance_is_checked(
+    factors: Callable[[int], torch.Tensor], fresh: Checker, add: Add
+) -> None:
+    assert fresh.check(linear(), add(with_factors(factors))).status == "ok"
+    broken = fresh.check(linear(), add(with_factors(factors), batch_invariant=lambda _: True))
+    assert broken.status == "wrong_result" and "declares batch invariance, but rows" in broken.reason
+    kept = add(with_factors(torch.ones), batch_invariant=lambda _: True)
+    assert fresh.check(linear(), kept).status == "ok"
 
 
 # -- good kernels ----------------------------------------------------------------------------------------
@@ -475,7 +565,8 @@ def test_no_good_kernel_is_out(op: str, traits: dict[str, str], statics: dict[st
                 verdict,
             )
             if verdict.status == "ok":
-                assert set(verdict.errors) == {"normal", "outliers"} and not verdict.poisoned
+                expected = {"normal", "outliers"} if verdict.declines_rows else {"normal", "outliers", "rows"}
+                assert set(verdict.errors) == expected and not verdict.poisoned
 
 
 def test_more_numbers_than_are_drawn_are_redrawn_in_moments() -> None:

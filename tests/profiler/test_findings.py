@@ -14,7 +14,9 @@ CANDIDATES = [Candidate(name) for name in NAMES]
 
 def findings() -> Findings:
     """Three candidates over two processes; the second left early, the third failed after three rounds."""
-    known = Findings({name: Finding(errors={"normal": 1e-7, "outliers": 2e-7}, stable=True) for name in NAMES})
+    known = Findings(
+        {name: Finding(errors={"normal": 1e-7, "outliers": 2e-7, "rows": 1e-7}, stable=True) for name in NAMES}
+    )
     for number in range(20):
         ns = {"torch.linear": 1000 + number, "torch.addmm": 500 + number}
         if number >= 14:

@@ -196,7 +196,7 @@ def test_a_device_error_while_timing_sends_the_others_to_another_process(config:
 
 
 def test_joules_of_a_gpu_are_read_where_they_are_asked_for_once_all_is_timed(config: Path, folder: Path) -> None:
-    unread = Finding(errors={"normal": 1e-7, "outliers": 1e-7}, stable=True, energy_note=UNREAD)
+    unread = Finding(errors={"normal": 1e-7, "outliers": 1e-7, "rows": 1e-7}, stable=True, energy_note=UNREAD)
     read = {"watts": 2.0, "faults": {INPLACE: unread, "torch.linear": unread}}
     sweep(config, folder, numbers := machine(**read))
     assert numbers.read == [], "ten seconds a finalist are not taken unasked"
@@ -218,7 +218,7 @@ def test_the_finalists_are_few_and_the_default_among_them() -> None:
 
 def test_a_refused_counter_is_asked_once(config: Path, folder: Path) -> None:
     config.write_text(CONFIG.replace("held_out", "energy: true, held_out"))
-    unread = Finding(errors={"normal": 1e-7, "outliers": 1e-7}, stable=True, energy_note=UNREAD)
+    unread = Finding(errors={"normal": 1e-7, "outliers": 1e-7, "rows": 1e-7}, stable=True, energy_note=UNREAD)
     faults = {INPLACE: unread, "torch.linear": unread}
     numbers = machine(faults=faults)
     assert sweep(config, folder, numbers).unfinished == []

@@ -84,4 +84,4 @@ def test_each_candidate_of_other_code_has_a_symbol_of_its_own() -> None:
         for params in k.params
         if k.unit
     ]
-    assert len({u.symbol for u in made}) == len({(u.isa, u.type) for u in made}) == 8
+    assert len({u.symbol for u in made}) == len({(u.isa, u.type) for u in made}) == 12

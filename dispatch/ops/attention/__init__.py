@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import torch
 
-from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned
+from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned, row_sizes
 from dks.dispatch.ops.attention.serve import AttentionServer
 from dks.dispatch.problem import Problem, alignment
 
 MASKED_SHARE = 4  # a sweep's masks hide the last quarter of the keys, as padding does
 
 
-def _heads(problem: Problem, heads: str, length: str, generator: torch.Generator) -> torch.Tensor:
+def _heads(problem: Problem, heads: str, length: str, generator: torch.Generator, draw: str) -> torch.Tensor:
+    """Unit normal, heads of the sizes that ``draw`` gives to rows."""
     b, h, s, d = (problem.dim(name) for name in ("b", heads, length, "d"))
+    sizes = row_sizes(b * h, draw).view(b, h)
+    sizes = sizes[:, None, :, None] if problem.trait("layout") == "bshd" else sizes[:, :, None, None]
     # ``bshd``: a projection's output seen as heads, which is how transformer models call attention.
     order = (b, s, h, d) if problem.trait("layout") == "bshd" else (b, h, s, d)
-    t = aligned(torch.randn(order, generator=generator).to(DTYPES[problem.trait("dtype")]), problem.align)
+    t = (torch.randn(order, generator=generator) * sizes).to(DTYPES[problem.trait("dtype")])
+    t = aligned(t, problem.align)
     return t.transpose(1, 2) if problem.trait("layout") == "bshd" else t
 
 
-def make_inputs(problem: Problem, generator: torch.Generator, _draw: str) -> Inputs:
-    """Unit-normal q, k, v in the strides of ``layout``; the mask is (b, 1, q, kv). ``_draw`` changes nothing:
-    no kernel here quantises."""
-    q = _heads(problem, "h", "q", generator)
-    k, v = (_heads(problem, "hkv", "kv", generator) for _ in range(2))
+def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inputs:
+    """Unit-normal q, k, v in the strides of ``layout``; the mask is (b, 1, q, kv).
+
+    Of rows of different sizes it is v that has them, a size for each head of each sequence: larger scores make a
+    softmax a matter of luck."""
+    q = _heads(problem, "h", "q", generator, "normal")
+    k, v = (_heads(problem, "hkv", "kv", generator, kind) for kind in ("normal", draw))
     mask = None
     if problem.trait("mask") != "none":
         b, length, kv = (problem.dim(name) for name in ("b", "q", "kv"))
@@ -73,5 +79,6 @@ OPERATOR = Operator(
     max_align=max_align,
     key_bytes=lambda _: 0,
     server=AttentionServer,
+    batch="b",
     odd_dims=lambda dims: "hkv must divide h" if dims["h"] % dims["hkv"] else None,
 )

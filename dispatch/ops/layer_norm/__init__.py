@@ -19,7 +19,7 @@ def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inpu
     affine = problem.trait("affine") == "yes"
     weight = (torch.randn((n,), generator=generator) * 0.1 + 1.0).to(dtype) if affine else None
     bias = torch.randn((n,), generator=generator).to(dtype) if affine else None
-    x = (draw_activations((m, n), generator, draw) + 0.5).to(dtype)  # last: the same parameters for every m
+    x = draw_activations((m, n), generator, draw, mean=0.5).to(dtype)  # last: the same parameters for every m
     return Inputs(static=(weight, bias, EPS), dynamic=(aligned(x, problem.align),))
 
 

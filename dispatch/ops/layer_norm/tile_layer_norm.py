@@ -1,7 +1,7 @@
 """Generated layer_norms (``tiles/rows.hpp``).
 
-Four rows go together. ``ahead`` fetches the next ones while these are written, which pays where x comes from beyond
-the second cache and costs a little where it does not.
+Rows go together, see ``tiles/rows.py``. ``ahead`` fetches the next ones while these are written, which pays where x
+comes from beyond the second cache and costs a little where it does not.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import torch
 
 from dks.dispatch.kernel import DTYPES, Kernel, Launch, Params
 from dks.dispatch.problem import Precision, Problem
-from dks.dispatch.tiles import launch, library, threads
+from dks.dispatch.tiles import launch, library, rows, threads
 from dks.dispatch.tiles.isa import ELEMENTS, ISAS, VECTORS
 from dks.dispatch.tiles.unit import Unit
 
-HEADER = "rows.hpp"
-_ROWS, _UNROLL = 4, 2  # within 5 % of the best of 1 to 8 rows by 1 to 8 vectors
 _WORK = 16  # multiply-adds that take as long as normalising one element
 
 
@@ -25,10 +23,11 @@ def layer_norm(isa: str) -> Kernel:
     """The kernel ``tile.layer_norm_<isa>``."""
 
     def unit(problem: Problem, params: Params) -> Unit:
-        dtype, ahead = problem.trait("dtype"), dict(params)["ahead"]
-        constants = (VECTORS[isa], ELEMENTS[dtype], _UNROLL, _ROWS, ("false", "true")[ahead])
-        template = f"dks::LayerNorm<{', '.join(map(str, constants))}>"
-        return Unit(f"dks_layer_norm_{isa}_{dtype}_ahead{ahead}", isa, "norm", HEADER, template)
+        dtype, label = problem.trait("dtype"), "_".join(f"{k}{v}" for k, v in threads.without(params))
+        constants = ", ".join((VECTORS[isa], ELEMENTS[dtype], *rows.constants(params)))
+        return Unit(
+            f"dks_layer_norm_{isa}_{dtype}_{label}", isa, "norm", rows.HEADER, f"dks::LayerNorm<{constants}>"
+        )
 
     def bind(
         problem: Problem, params: Params, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
@@ -56,10 +55,13 @@ def layer_norm(isa: str) -> Kernel:
         form="the addresses of weight and bias",  # a form, since binding takes longer than a small call
         form_bytes=lambda _: ctypes.sizeof(library.Norm),
         reads_in_place=True,
-        params=tuple((("ahead", ahead), ("t", t)) for ahead in (0, 1) for t in threads.COUNTS),
+        params=rows.norm_params(),
         unit=unit,
-        header=HEADER,
-        suits=lambda p, params: threads.objection(params, _WORK * p.dim("m") * p.dim("n"), -(-p.dim("m") // _ROWS)),
+        header=rows.HEADER,
+        batch_invariant=rows.is_batch_invariant,
+        suits=lambda p, params: threads.objection(
+            params, _WORK * p.dim("m") * p.dim("n"), -(-p.dim("m") // rows.rows_of(params))
+        ),
         unavailable=ISAS[isa].unavailable,
         rank=3,
     )

@@ -1,15 +1,13 @@
-"""oneDNN's int8 linear with the activations quantised outside, one scale a call, and a fused activation."""
+"""oneDNN's int8 linear with the activations quantised outside, one scale a row."""
 
 from __future__ import annotations
 
 import torch
 
-from dks.dispatch.kernel import Kernel, Run
-from dks.dispatch.ops.linear.epilogue import onednn_fused
-from dks.dispatch.ops.linear.quantize import hush, onednn_saturates, per_channel_int8, value_range
+from dks.dispatch.kernel import DTYPES, Kernel, Run
+from dks.dispatch.ops.linear.epilogue import fused_in_place
+from dks.dispatch.ops.linear.quantize import activation_levels, by_rows, hush, per_channel_int8
 from dks.dispatch.problem import Precision, Problem
-
-_TINY = 1e-30  # a scale of zero would divide zero by zero for an input of zeros
 
 
 def bind(
@@ -21,32 +19,21 @@ def bind(
     quantized, scale = per_channel_int8(weight)
     packed = torch.ops.onednn.qlinear_prepack(quantized, None)
     zeros = torch.zeros(n, dtype=torch.long, device="cpu")
-    wide_bias = None if bias is None else bias.detach().float()
-    out_dtype = torch.float32 if problem.trait("dtype") == "float32" else torch.bfloat16
     qlinear = torch.ops.onednn.qlinear_pointwise.default
+    most = activation_levels() // 2
+    step, zero = 1.0 / most, most + 1
 
-    def make(attr: str, algorithm: str) -> Run:
-        def run(x: torch.Tensor) -> torch.Tensor:
-            rows = x.view(-1, k).float()
-            low, high = value_range(rows)
-            step = max((high - low) / 255.0, _TINY)
-            zero = min(255, max(0, round(-low / step)))
-            q = torch.quantize_per_tensor(rows, step, zero, torch.quint8).int_repr()
-            y: torch.Tensor = qlinear(
-                q, step, zero, packed, scale, zeros, wide_bias, 1.0, 0, out_dtype, attr, [], algorithm
-            )
-            return y.view(*x.shape[:-1], n)
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        q = torch.quantize_per_tensor(rows, step, zero, torch.quint8).int_repr()
+        y: torch.Tensor = qlinear(q, step, zero, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        return y
 
-        return run
-
-    return onednn_fused(make, problem.trait("epilogue"))
+    return fused_in_place(by_rows(product, bias, DTYPES[problem.trait("dtype")], n, k), problem.trait("epilogue"))
 
 
 def unavailable() -> str | None:
     """Why torch can't run it here, or None."""
-    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return "this torch has no oneDNN qlinear"
-    return onednn_saturates()
+    return None if hasattr(torch.ops.onednn, "qlinear_pointwise") else "this torch has no oneDNN qlinear"
 
 
 KERNEL = Kernel(

@@ -1,15 +1,14 @@
-"""Symmetric int8 weights with one scale an output channel, as the int8 kernels share them."""
+"""What int8 kernels share: weights with one scale an output channel, activations with one scale a row."""
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 
-from dks.dispatch.environment import cpu_flags
-from dks.dispatch.kernel import Declined
+from dks.dispatch.kernel import Declined, Run
 
 
 def per_channel_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,16 +34,45 @@ def check_finite(extremes: torch.Tensor) -> None:
         raise ValueError("weight: found NaN or infinity, expected finite values")
 
 
-def value_range(x: torch.Tensor) -> tuple[float, float]:
-    """Smallest and largest value of ``x``, widened to hold zero, so that padding stays zero when quantised.
+def activation_levels() -> int:
+    """Steps of quantised activations: a byte's where the machine has VNNI. Elsewhere 16-bit sums of pairs of
+    products can saturate, and one bit less keeps them apart."""
+    return 255 if torch.cpu._is_vnni_supported() else 127
 
-    Raises:
-        Declined: a value is NaN, which integers can't say, or infinite, which no one scale stands for.
+
+def by_rows(
+    product: Callable[[torch.Tensor], torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype, n: int, k: int
+) -> Run:
+    """A linear with a scale for each row of its activations, of a product that has one scale for all of them.
+
+    Each row is divided by its largest magnitude before, and its outputs are multiplied by it: no row is so large
+    that the scale has no steps left for the others.
+
+    Args:
+        product: float32 activations (m, k) in -1..1 -> float32 outputs (m, n), without a bias.
+        bias: (n,) or None.
+        dtype: of the outputs.
+        n, k: of the weight.
+
+    Returns:
+        run(x (..., k)) -> (..., n). It raises Declined for NaN, which integers can't say, and for infinity, which
+        no scale stands for.
     """
-    low, high = (extreme.item() for extreme in torch.aminmax(x))
-    if not math.isfinite(high - low):
-        raise Declined("activations are not finite")
-    return min(low, 0.0), max(high, 0.0)
+    wide_bias = None if bias is None else bias.detach().float()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        rows = x.view(-1, k).float()
+        low, high = torch.aminmax(rows, dim=1, keepdim=True)
+        largest = torch.maximum(high, low.neg_())
+        if not largest.isfinite().all():
+            raise Declined("activations are not finite")
+        # Rows of zeros stay zeros; the least is a normal number, since a denormal one may be flushed to zero.
+        largest.clamp_min_(1e-30)
+        y = product(rows / largest)
+        y = y.mul_(largest) if wide_bias is None else torch.addcmul(wide_bias, y, largest)
+        return y.to(dtype).view(*x.shape[:-1], n)
+
+    return run
 
 
 @lru_cache(maxsize=1)
@@ -53,15 +81,3 @@ def hush() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         torch.quantize_per_tensor(torch.zeros(1, device="cpu"), 1.0, 0, torch.quint8)
-
-
-def onednn_saturates() -> str | None:
-    """Why oneDNN's int8 products are wrong on this CPU, or None.
-
-    Without VNNI, x86 adds pairs of products in 16 bits, which saturate unless one bit is left unused; oneDNN leaves
-    none: https://oneapi-src.github.io/oneDNN/dev_guide_int8_computations.html
-    """
-    flags = cpu_flags()
-    if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"}:
-        return "this CPU has no VNNI: the 16-bit sums of oneDNN's int8 products saturate"
-    return None

@@ -1,6 +1,7 @@
 """Factory of torch's dynamic int8 linears: one kernel an engine, in the files beside this one.
 
-Activations are quantised inside, one scale for the whole tensor; weights have one scale a channel.
+Activations are quantised inside, one scale for the whole tensor: ``by_rows`` makes it one a row. Weights have one
+scale a channel.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from contextlib import contextmanager
 import torch
 
 from dks.dispatch import forks
-from dks.dispatch.kernel import DTYPES, Declined, Kernel, Run
+from dks.dispatch.kernel import DTYPES, Kernel, Run
 from dks.dispatch.ops.linear.epilogue import fused_in_place
-from dks.dispatch.ops.linear.quantize import hush, onednn_saturates, per_channel_int8, value_range
+from dks.dispatch.ops.linear.quantize import activation_levels, by_rows, hush, per_channel_int8
 from dks.dispatch.problem import Precision, Problem
 
 
@@ -48,9 +49,6 @@ class _Engine:
 
 _ENGINE = _Engine()
 
-# The operator's scale never falls below 6.1e-5 (fbgemm's SMALL_SCALE_THRESHOLD): less fills no byte.
-_LEAST_RANGE = 6.1e-5 * 255
-
 
 def dynamic_int8(engine: str) -> Kernel:
     """The kernel ``quantized.dynamic_<engine>``."""
@@ -68,28 +66,20 @@ def dynamic_int8(engine: str) -> Kernel:
         hush()
         as_quantized = torch._make_per_channel_quantized_tensor(quantized, scale.double(), zero, 0)
         with _ENGINE.chosen(engine):
-            wide = None if bias is None else bias.detach().float()
-            packed = torch.ops.quantized.linear_prepack(as_quantized, wide)
+            packed = torch.ops.quantized.linear_prepack(as_quantized, None)
         linear = torch.ops.quantized.linear_dynamic.default
-        # Without VNNI the 16-bit sums of pairs can saturate; one bit less of activation keeps them apart.
-        reduce_range = engine != "onednn" and not torch.cpu._is_vnni_supported()
-        dtype = DTYPES[problem.trait("dtype")]
+        reduce_range = activation_levels() < 255
 
-        def run(x: torch.Tensor) -> torch.Tensor:
-            rows = x.view(-1, k).float()
-            low, high = value_range(rows)
-            if 0.0 < high - low < _LEAST_RANGE:
-                raise Declined("activations are too small")
+        def product(rows: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = linear(rows, packed, reduce_range)
-            return y.to(dtype).view(*x.shape[:-1], n)
+            return y
 
+        run = by_rows(product, bias, DTYPES[problem.trait("dtype")], n, k)
         return fused_in_place(run, problem.trait("epilogue"))
 
     def unavailable() -> str | None:
         engines = torch.backends.quantized.supported_engines
-        if engine not in engines:
-            return f"this torch has the engines {', '.join(engines)}"
-        return onednn_saturates() if engine == "onednn" else None
+        return None if engine in engines else f"this torch has the engines {', '.join(engines)}"
 
     return Kernel(
         id=f"quantized.dynamic_{engine}",

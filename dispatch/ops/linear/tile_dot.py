@@ -147,6 +147,8 @@ def dot_kernel(isa: str, tiles: tuple[DotTile, ...] | tuple[AmxTile, ...], *, in
         params=tuple((*asdict(tile).items(), *use) for tile in tiles for use in threads.uses(by_rows=tile.kc > 0)),
         unit=unit,
         header=tiles[0].header,
+        # Integer sums have no order; the others go over k in one, whatever the tile's rows.
+        batch_invariant=lambda _: int8 or not amx,
         supports=supports,
         suits=suits,
         unavailable=ISAS[isa].unavailable,

@@ -8,9 +8,11 @@ vLLM's and FlashAttention's ("NHD"): Kwon et al., PagedAttention, 2023.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned, draw_normal
+from dks.dispatch.kernel import DTYPES, Inputs, Operator, aligned, draw_normal, row_sizes
 from dks.dispatch.ops.paged_attention.serve import PagedAttentionServer
 from dks.dispatch.problem import Problem, alignment
 
@@ -18,9 +20,10 @@ NO_PAGE = 2**30
 """What block tables hold past a sequence's end: no cache has this page, so whoever follows it is found out."""
 
 
-def make_inputs(problem: Problem, generator: torch.Generator, _draw: str) -> Inputs:
+def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inputs:
     """Unit-normal q, k and v in shuffled pages; the first sequence has kv keys, the others half of that or more.
 
+    Of rows of different sizes it is v that has them, as in attention: a size for each head of each sequence.
     Whatever no kernel may read is there to be found: NaN in the keys and values past each sequence's end and in
     a page that nobody has, ``NO_PAGE`` in the block table, which is a column wider than kv asks for.
     """
@@ -34,15 +37,19 @@ def make_inputs(problem: Problem, generator: torch.Generator, _draw: str) -> Inp
     for row, mine in zip(block_table, torch.split(order[:-1], pages), strict=True):
         row[: len(mine)] = mine
 
-    def cache() -> torch.Tensor:
-        made = draw_normal((len(order), page, hkv, d), generator, dtype=dtype)
+    sizes = torch.ones(len(order), 1, hkv, 1)
+    owners = torch.repeat_interleave(torch.arange(b), torch.tensor(pages))
+    sizes[order[:-1], 0, :, 0] = row_sizes(b * hkv, draw).view(b, hkv)[owners]
+
+    def cache(sizes: torch.Tensor | float) -> torch.Tensor:
+        made = (draw_normal((len(order), page, hkv, d), generator) * sizes).to(dtype)
         made[order[-1]] = torch.nan
         for row, count, length in zip(block_table, pages, lengths.tolist(), strict=True):
             made[row[count - 1], length - (count - 1) * page :] = torch.nan
         return aligned(made, problem.align)
 
     q = aligned(torch.randn((b, h, d), generator=generator).to(dtype), problem.align)
-    return Inputs(static=(), dynamic=(q, cache(), cache(), block_table, lengths, d**-0.5))
+    return Inputs(static=(), dynamic=(q, cache(1.0), cache(sizes), block_table, lengths, d**-0.5))
 
 
 def reference(problem: Problem, inputs: Inputs) -> torch.Tensor:
@@ -66,6 +73,12 @@ def max_align(problem: Problem) -> int:
     return alignment(problem.dim("d") * DTYPES[problem.trait("dtype")].itemsize)
 
 
+def take(dynamic: tuple[Any, ...], first: int, end: int) -> tuple[Any, ...]:
+    """The sequences first..end; the cache is everybody's."""
+    q, k_cache, v_cache, block_table, lengths, scale = dynamic
+    return q[first:end], k_cache, v_cache, block_table[first:end], lengths[first:end], scale
+
+
 OPERATOR = Operator(
     name="paged_attention",
     dims=("b", "kv", "h", "hkv", "d", "page"),
@@ -77,5 +90,7 @@ OPERATOR = Operator(
     max_align=max_align,
     key_bytes=lambda _: 0,
     server=PagedAttentionServer,
+    batch="b",
+    take=take,
     odd_dims=lambda dims: "hkv must divide h" if dims["h"] % dims["hkv"] else None,
 )

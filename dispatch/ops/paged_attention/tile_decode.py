@@ -58,6 +58,8 @@ def decode_kernel(isa: str) -> Kernel:
         params=decode.decode_params(),
         unit=lambda problem, params: decode.decode_unit(isa, problem, params),
         header=decode.HEADER,
+        # Several threads share out all keys of a batch, and so cut a sequence elsewhere in another one.
+        batch_invariant=lambda params: dict(params)["t"] == 1,
         suits=decode.suits,
         unavailable=ISAS[isa].unavailable,
         rank=4,

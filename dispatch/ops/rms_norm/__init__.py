@@ -26,7 +26,7 @@ def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inpu
         weight = (torch.randn((n,), generator=generator) * 0.1 + 1.0).to(dtype)
     count = 2 if problem.trait("residual") == "yes" else 1
     # Last: the same weight for every m.
-    dynamic = [(draw_activations((m, n), generator, draw) + 0.5).to(dtype) for _ in range(count)]
+    dynamic = [draw_activations((m, n), generator, draw, mean=0.5).to(dtype) for _ in range(count)]
     return Inputs(static=(weight, EPS), dynamic=tuple(aligned(t, problem.align) for t in dynamic))
 
 

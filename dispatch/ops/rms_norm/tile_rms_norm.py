@@ -8,12 +8,10 @@ import torch
 
 from dks.dispatch.kernel import DTYPES, Kernel, Launch, Params
 from dks.dispatch.problem import Precision, Problem
-from dks.dispatch.tiles import launch, library, threads
+from dks.dispatch.tiles import launch, library, rows, threads
 from dks.dispatch.tiles.isa import ELEMENTS, ISAS, VECTORS
 from dks.dispatch.tiles.unit import Unit
 
-HEADER = "rows.hpp"
-_ROWS, _UNROLL = 4, 2  # as for layer_norm
 _WORK = 12  # multiply-adds that take as long as normalising one element
 
 
@@ -21,10 +19,9 @@ def rms_norm(isa: str) -> Kernel:
     """The kernel ``tile.rms_norm_<isa>``."""
 
     def unit(problem: Problem, params: Params) -> Unit:
-        dtype, ahead = problem.trait("dtype"), dict(params)["ahead"]
-        constants = (VECTORS[isa], ELEMENTS[dtype], _UNROLL, _ROWS, ("false", "true")[ahead])
-        template = f"dks::RmsNorm<{', '.join(map(str, constants))}>"
-        return Unit(f"dks_rms_norm_{isa}_{dtype}_ahead{ahead}", isa, "norm", HEADER, template)
+        dtype, label = problem.trait("dtype"), "_".join(f"{k}{v}" for k, v in threads.without(params))
+        constants = ", ".join((VECTORS[isa], ELEMENTS[dtype], *rows.constants(params)))
+        return Unit(f"dks_rms_norm_{isa}_{dtype}_{label}", isa, "norm", rows.HEADER, f"dks::RmsNorm<{constants}>")
 
     def bind(problem: Problem, params: Params, weight: torch.Tensor | None, eps: float | None) -> Launch:
         """weight (n,) of x's dtype, or None -> run(x (..., n)) -> (..., n), or run(x, r) -> (y, h).
@@ -51,10 +48,13 @@ def rms_norm(isa: str) -> Kernel:
         form="the address of the weight",  # a form, since binding takes longer than a small call
         form_bytes=lambda _: ctypes.sizeof(library.Norm),
         reads_in_place=True,
-        params=tuple((("ahead", ahead), ("t", t)) for ahead in (0, 1) for t in threads.COUNTS),
+        params=rows.norm_params(),
         unit=unit,
-        header=HEADER,
-        suits=lambda p, params: threads.objection(params, _WORK * p.dim("m") * p.dim("n"), -(-p.dim("m") // _ROWS)),
+        header=rows.HEADER,
+        batch_invariant=rows.is_batch_invariant,
+        suits=lambda p, params: threads.objection(
+            params, _WORK * p.dim("m") * p.dim("n"), -(-p.dim("m") // rows.rows_of(params))
+        ),
         unavailable=ISAS[isa].unavailable,
         rank=3,
     )

@@ -7,14 +7,16 @@ outputs have the inputs' shapes and dtype, and are computed in float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from dks.dispatch.kernel import DTYPES, Inputs, Operator, Output, aligned
+from dks.dispatch.kernel import DTYPES, Inputs, Operator, Output, aligned, row_sizes
 from dks.dispatch.ops.rotary.serve import RotaryServer
 from dks.dispatch.problem import Problem, alignment
 
 
-def make_inputs(problem: Problem, generator: torch.Generator, _draw: str) -> Inputs:
+def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inputs:
     """Unit-normal q and k; cosines and sines of any angles, every second one at a position that no token has.
 
     Those are NaN: whoever reads them is found out.
@@ -25,10 +27,19 @@ def make_inputs(problem: Problem, generator: torch.Generator, _draw: str) -> Inp
     positions = torch.randperm(2 * tokens, generator=generator)[:tokens]
     angles = torch.full((2 * tokens, d // 2), torch.nan)
     angles[positions] = torch.rand((tokens, d // 2), generator=generator) * (2 * torch.pi)
-    q, k = (aligned(torch.randn((tokens, n, d), generator=generator).to(dtype), problem.align) for n in (h, hkv))
+    q, k = (
+        aligned(
+            (torch.randn((tokens, n, d), generator=generator) * _sizes(tokens, n, draw)).to(dtype), problem.align
+        )
+        for n in (h, hkv)
+    )
     least = max(problem.align, cache.itemsize)
     cos, sin = (aligned(t.to(cache), least) for t in (angles.cos(), angles.sin()))
     return Inputs(static=(), dynamic=(q, k, cos, sin, positions))
+
+
+def _sizes(tokens: int, heads: int, draw: str) -> torch.Tensor:
+    return row_sizes(tokens * heads, draw).view(tokens, heads, 1)
 
 
 def reference(_problem: Problem, inputs: Inputs) -> Output:
@@ -53,6 +64,12 @@ def max_align(problem: Problem) -> int:
     return alignment(problem.dim("d") // 2 * DTYPES[problem.trait("dtype")].itemsize)
 
 
+def take(dynamic: tuple[Any, ...], first: int, end: int) -> tuple[Any, ...]:
+    """The tokens first..end; the caches are everybody's."""
+    q, k, cos, sin, positions = dynamic
+    return q[first:end], k[first:end], cos, sin, positions[first:end]
+
+
 OPERATOR = Operator(
     name="rotary",
     dims=("tokens", "h", "hkv", "d"),
@@ -65,5 +82,7 @@ OPERATOR = Operator(
     max_align=max_align,
     key_bytes=lambda _: 0,
     server=RotaryServer,
+    batch="tokens",
+    take=take,
     odd_dims=lambda dims: "d must be even" if dims["d"] % 2 else None,
 )

@@ -15,7 +15,7 @@ from dks.dispatch.problem import Problem, alignment
 
 def make_inputs(problem: Problem, generator: torch.Generator, draw: str) -> Inputs:
     """x (m, 2n), unit normal."""
-    x = draw_activations((problem.dim("m"), 2 * problem.dim("n")), generator, draw)
+    x = draw_activations((problem.dim("m"), 2 * problem.dim("n")), generator, draw, power=0.5)
     return Inputs(static=(), dynamic=(aligned(x.to(DTYPES[problem.trait("dtype")]), problem.align),))
 
 

@@ -11,7 +11,7 @@ from dks.dispatch.tiles.isa import ELEMENTS, ISAS, VECTORS
 from dks.dispatch.tiles.unit import Unit
 
 HEADER = "rows.hpp"
-_SHAPES = ((2, 4), (1, 8))  # vectors in flight, rows beside each other
+_SHAPES = ((2, 4), (1, 8), (8, 1))  # vectors in flight, rows beside each other
 _WORK = 32  # multiply-adds that take as long as one element
 
 
@@ -48,6 +48,8 @@ def softmax(isa: str) -> Kernel:
         params=tuple((("unroll", u), ("rows", r), ("t", t)) for u, r in _SHAPES for t in threads.COUNTS),
         unit=unit,
         header=HEADER,
+        # Rows that are left over of a step are summed up in another order.
+        batch_invariant=lambda params: dict(params)["rows"] == 1,
         suits=suits,
         unavailable=ISAS[isa].unavailable,
         rank=1,
