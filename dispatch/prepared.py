@@ -293,11 +293,11 @@ class PreparedModule(nn.Module):
         given: tuple[torch.Tensor, ...] = (input,) if residual is None else (input, residual)
         if len(given) not in self.inputs:
             raise TypeError(self._wrong_arguments())
+        if is_compiling() or torch.compiler.is_exporting():
+            return self._in_graph(given)
         binding = self.binding
-        if is_compiling():
-            reason: str | None = "compiling"
-        elif binding is None:
-            reason = self._why_unbound()
+        if binding is None:
+            reason: str | None = self._why_unbound()
         else:
             if binding.graph is not None and _captured():
                 binding = binding.graph
@@ -310,11 +310,16 @@ class PreparedModule(nn.Module):
                 dispatch = binding.dispatch if residual is None else binding.fused
                 assert dispatch is not None
                 return dispatch.serve(self.framework, bits & -bits, rows, *given)
-        if binding is not None and traced.wanted(str(reason)):
-            y: torch.Tensor | None = self.traced(*given)
-            if y is not None:
-                return y
-        self._server.runtime.counters.add(self._server.op, str(reason))
+        self._server.count(str(reason))
+        return self.framework(*given)
+
+    def _in_graph(self, given: tuple[torch.Tensor, ...]) -> Any:
+        """The call as a graph is to hold it. Reads nothing that a reload or ``refresh`` changes: ``torch.compile``
+        would guard it, and compile again."""
+        y = self.traced(*given)
+        if y is not None:
+            return y
+        self._server.count("compiling")
         return self.framework(*given)
 
     def _why_unbound(self) -> str:
