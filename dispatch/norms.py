@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from dks.dispatch.prepared import PreparedModule, parameter_note
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import Question, Server, tensors_objection
-from dks.dispatch.swap import bind_again, children, replace, swap_note
+from dks.dispatch.swap import bind_again, places, restore_layers, swap_note
 from dks.dispatch.traced import takes
 
 
@@ -26,45 +27,41 @@ class NormServer(Server):
         raise NotImplementedError
 
     def prepared(self, norm: nn.Module) -> PreparedModule:
-        """The layer that dispatches in the place of ``norm``."""
+        """Let ``norm`` serve, in place."""
         raise NotImplementedError
 
     def swap(self, model: nn.Module) -> list[Swap]:
-        """Swap every layer of this kind that the table makes faster."""
-        if type(model) is self.layer:
-            return [Swap("", self.op, False, f"nothing holds the model itself: use prepare_{self.op}")]
-        swaps: list[Swap] = []
-        made: dict[nn.Module, PreparedModule] = {}  # one layer under two names stays one layer
-        for parent, name, where, child in children(model):
-            if isinstance(child, PreparedModule):
-                swaps += bind_again(self, where, child)
-            elif type(child) is self.layer:  # a subclass means something by being one
-                swaps.append(self._swap_one(parent, where, name, child, made))
-        return swaps
+        """Let every layer of this kind serve that the table makes faster."""
+        found = places(model)
+        swaps: dict[nn.Module, Swap] = {}  # one layer under two names stays one layer
+        for path, module in found:
+            if isinstance(module, PreparedModule) and module not in swaps:
+                swaps |= bind_again(self, path, module)
+            elif type(module) is self.layer:  # a subclass means something by being one
+                swaps[module] = self._swap_one(path, module)
+        return [replace(swaps[module], path=path) for path, module in found if module in swaps]
 
-    def _swap_one(
-        self, parent: nn.Module, where: str, name: str, norm: nn.Module, made: dict[nn.Module, PreparedModule]
-    ) -> Swap:
+    def restore(self, model: nn.Module) -> list[Swap]:
+        """Make plain again what ``swap`` and ``prepare`` let serve in ``model``, in place."""
+        return restore_layers(self, places(model))
+
+    def _swap_one(self, path: str, norm: nn.Module) -> Swap:
         note = self._note(norm)
         if note is not None:
-            return Swap(where, self.op, False, note)
-        layer = made.get(norm)
-        if layer is None:
-            weight = norm._parameters["weight"]
-            assert weight is not None  # ``_note`` saw it
-            n = weight.shape[0]
-            question = self.question("prepared", weight.dtype, n, weight)
-            if self.plan(question).find is None:
-                return Swap(where, self.op, False, f"n={n} {weight.dtype} is not in the table")
-            if not self.changes_anything(question):
-                note = f"n={n}: the framework's own kernel is the choice everywhere"
-                return Swap(where, self.op, False, note)
-            layer = self.prepared(norm)
-            if not layer.gains:
-                return Swap(where, self.op, False, f"n={n}: the chosen kernels could not be bound")
-            made[norm] = layer
-        replace(parent, name, norm, layer)
-        return Swap(where, self.op, True, layer.describe())
+            return Swap(path, self.op, False, note)
+        weight = norm._parameters["weight"]
+        assert weight is not None  # ``_note`` saw it
+        n = weight.shape[0]
+        question = self.question("prepared", weight.dtype, n, weight)
+        if self.plan(question).find is None:
+            return Swap(path, self.op, False, f"n={n} {weight.dtype} is not in the table")
+        if not self.changes_anything(question):
+            return Swap(path, self.op, False, f"n={n}: the framework's own kernel is the choice everywhere")
+        layer = self.prepared(norm)
+        if not layer.gains:
+            layer.restore()
+            return Swap(path, self.op, False, f"n={n}: the chosen kernels could not be bound")
+        return Swap(path, self.op, True, layer.describe())
 
     def _note(self, norm: nn.Module) -> str | None:
         """Why a layer must stay as it is, or None."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from dks.dispatch.ambient import (
     transform_objection,
     wants_gradient,
 )
+from dks.dispatch.disguise import Disguised, disguise
 from dks.dispatch.generation import Generation
 from dks.dispatch.kernel import Launch
 from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, alignment
@@ -33,16 +33,7 @@ _CALLS = frozenset({*_HOOKS, "forward", "_compiled_call_impl"})
 """Attributes of a module that decide what calling it does."""
 
 
-_OWN = frozenset(
-    {
-        "_bindings", "_device", "_dtype", "_fast", "_held", "_layer", "_row_bits", "_server", "_statics",
-        "_unbound", "_watch",
-    }
-)  # fmt: skip
-"""Attributes of a prepared layer that neither copy nor travel."""
-
-
-def _as_modules_do(layer: nn.Module, *given: torch.Tensor) -> Any:
+def as_modules_do(layer: nn.Module, *given: torch.Tensor) -> Any:
     """The Python form of a call: hooks, then ``forward``. Looked up late, since tracers patch it."""
     return nn.Module.__call__(layer, *given)
 
@@ -80,8 +71,8 @@ class Binding:
         return dispatch.failed(rule, error, layer.framework, *given)
 
 
-class PreparedModule(nn.Module):
-    """A layer with its constant arguments bound to the table's kernels.
+class PreparedModule(Disguised):
+    """A layer with its constant arguments bound to the table's kernels, in its own place: see ``disguise``.
 
     ``weight`` and ``bias`` stay ordinary parameters: they are saved, moved and trained as before. When they
     change, ``refresh`` binds them again; moving the module or loading a state dict does that by itself, and
@@ -90,20 +81,21 @@ class PreparedModule(nn.Module):
     A call goes through the compiled fast path where the process has one; whatever is out of the ordinary goes
     on to ``forward``, with the hooks that modules have.
 
-    Packed weights neither copy nor travel: a deep copy binds its own, and a pickle holds the framework's own
-    layer, which ``optimize`` swaps again after loading. So does a script; torch.jit.script leaves that layer
-    in the model as well.
+    Packed weights neither copy nor travel: a deep copy, a pickle and a script hold the framework's own layer,
+    which ``optimize`` lets serve again.
     """
 
-    features: int  # size of the last dim of what comes in
     inputs: tuple[int, ...] = (1,)  # how many tensors a call may bring: x, or x and a residual
+    own = frozenset(
+        {
+            "_bindings", "_device", "_dtype", "_fast", "_features", "_held", "_layer", "_row_bits", "_server",
+            "_statics", "_unbound", "_watch",
+        }
+    )  # fmt: skip
+    settings: frozenset[str] = frozenset()  # attributes of the plain layer that its kernels were bound to as well
 
-    def __init__(self, server: Server, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.register_parameter("weight", _as_parameter(weight))
-        self.register_parameter("bias", _as_parameter(bias))
-        self._server = server
-        self.refresh()
+    _server: Server
+    _features: int  # size of the last dim of what comes in
 
     def question(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Question | None:
         """What to ask a table for, for calls without a residual; None where there are none."""
@@ -139,8 +131,8 @@ class PreparedModule(nn.Module):
         """The framework's own operator on this layer; takes a residual as well where ``inputs`` allows."""
         raise NotImplementedError
 
-    def plain(self) -> nn.Module:
-        """The framework's own layer with the same parameters, buffers, hooks and attributes."""
+    def label(self) -> str:
+        """What the layer is, in a few words: its sizes, and what else kernels were bound to."""
         raise NotImplementedError
 
     def refresh(self) -> None:
@@ -148,7 +140,7 @@ class PreparedModule(nn.Module):
         runtime = self._server.runtime
         with runtime.lock:  # no generation is swapped in that this layer would miss
             weight, bias = self._tensors()
-            self._fast: Callable[..., Any] = _as_modules_do
+            self._fast: Callable[..., Any] = as_modules_do
             self._bindings: dict[int, Binding] = {}
             self._layer: Any = None
             self._watch: Watch | None = None
@@ -156,6 +148,7 @@ class PreparedModule(nn.Module):
             if self._unbound is not None or weight is None:
                 return
             self._watch = Watch(weight, bias)  # before binding: a write that comes between is then noticed
+            self._features = weight.shape[-1]
             self._dtype, self._row_bits = weight.dtype, self.row_bytes() | MAX_ALIGNMENT
             self._device = weight.device.type
             with torch.inference_mode(False), torch.no_grad():
@@ -163,14 +156,17 @@ class PreparedModule(nn.Module):
             self._held = held
             self._statics = self.constants(*held)
             if native.module is not None and runtime.serial is not None:
-                hooks = (*(self.__dict__[name] for name in _HOOKS), *_ALL_HOOKS)
-                self._layer = native.module.Layer(runtime.serial, self._parameters, hooks, _as_modules_do)
+                self._layer = native.module.Layer(runtime.serial, self._parameters, self._hooks(), as_modules_do)
             for generation in runtime.held:
                 self.hold(generation)
-            if self._layer is not None and not self._called_otherwise():
+            if self._layer is not None and not self.called_otherwise:
                 self._fast = self._quick()
             runtime.layers.add(self)
         traced.remember(self, weight, bias)
+
+    def _hooks(self) -> tuple[Any, ...]:
+        """The dicts of all hooks that a call may have to run."""
+        return (*hooks_of(self), *_ALL_HOOKS)
 
     def hold(self, generation: Generation) -> None:
         """Bind the parameters to a generation's kernels, whether it serves yet or not; not to one for another kind
@@ -195,7 +191,7 @@ class PreparedModule(nn.Module):
         self._bindings = {**self._bindings, generation.serial: binding}
         if self._layer is not None and all(dispatch.native is not None for dispatch in binding.dispatches):
             self._layer.hold(generation.serial, self._compiled(binding, self._watch, weight))
-        if self._fast is not _as_modules_do:
+        if self._fast is not as_modules_do:
             self._fast = self._quick()
 
     def _quick(self) -> Callable[..., Any]:
@@ -203,7 +199,7 @@ class PreparedModule(nn.Module):
         call: Callable[..., Any] = self._layer.call
         if all(binding.graph is None for binding in self._bindings.values()):
             return call
-        return lambda layer, *given: _as_modules_do(layer, *given) if _captured() else call(layer, *given)
+        return lambda layer, *given: as_modules_do(layer, *given) if _captured() else call(layer, *given)
 
     def release(self, generation: Generation) -> None:
         """Forget what was bound to a generation."""
@@ -232,7 +228,7 @@ class PreparedModule(nn.Module):
             *plans,
             native.CODES[self._dtype],
             native.place(weight),
-            self.features,
+            self._features,
             weight.shape[0],
             self._row_bits,
             self.function,
@@ -273,15 +269,19 @@ class PreparedModule(nn.Module):
     def __call__(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """See ``forward``."""
         if is_compiling():
-            return _as_modules_do(self, input) if residual is None else _as_modules_do(self, input, residual)
+            return as_modules_do(self, input) if residual is None else as_modules_do(self, input, residual)
         return self._fast(self, input) if residual is None else self._fast(self, input, residual)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in _CALLS:  # somebody changes what a call does: no short cut past that
-            self.__dict__["_fast"] = _as_modules_do
+            self.__dict__["_fast"] = as_modules_do
+        elif name in self.settings:
+            self.refresh()
 
-    def _called_otherwise(self) -> bool:
+    @property
+    def called_otherwise(self) -> bool:
+        """Whether a call does something else than hooks and ``forward``."""
         return "forward" in self.__dict__ or self._compiled_call_impl is not None
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -306,7 +306,7 @@ class PreparedModule(nn.Module):
                 bits = input.data_ptr() | self._row_bits
                 if residual is not None:
                     bits |= residual.data_ptr()
-                rows = (input.numel() // self.features,)
+                rows = (input.numel() // self._features,)
                 dispatch = binding.dispatch if residual is None else binding.fused
                 assert dispatch is not None
                 return dispatch.serve(self.framework, bits & -bits, rows, *given)
@@ -338,7 +338,7 @@ class PreparedModule(nn.Module):
         if grad_enabled() and wants_gradient(x, weight, bias):
             return "gradient"
         shape = x.shape
-        if not shape or shape[-1] != self.features:
+        if not shape or shape[-1] != self._features:
             return "shape"
         if not x.is_contiguous():
             return "strides"
@@ -364,7 +364,7 @@ class PreparedModule(nn.Module):
             return f"the framework's own kernel ({self._why_unbound()})"
         dispatch = binding.dispatches[0]
         packed = dispatch.plan.form_bytes() / 2**20
-        return f"{self.extra_repr()}: {', '.join(sorted(dispatch.kernels))} ({packed:.1f} MiB packed)"
+        return f"{self.label()}: {', '.join(sorted(dispatch.kernels))} ({packed:.1f} MiB packed)"
 
     def _apply(self: _M, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _M:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -379,26 +379,38 @@ class PreparedModule(nn.Module):
         if self.stale:
             self.refresh()
 
-    def __deepcopy__(self: _M, memo: dict[int, Any]) -> _M:
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        own = {k: v for k, v in self.__dict__.items() if k not in _OWN}
-        new.__dict__.update(copy.deepcopy(own, memo))
-        new._server = self._server
-        new.refresh()
-        return new
+    def restore(self) -> None:
+        runtime = self._server.runtime
+        with runtime.lock:  # no generation is bound to what does not serve
+            runtime.layers.discard(self)
+            super().restore()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Later protocols insist on the class of what is pickled, which here is another.
-        return self.plain().__reduce_ex__(min(protocol, 1))
+    def extra_repr(self) -> str:
+        plain = super().extra_repr()
+        return f"{plain}{', ' if plain else ''}served by {self._server.runtime.name}"
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return self.plain()
 
-    def _attributes(self) -> dict[str, Any]:
-        own = {*_OWN, "features", "inputs"}
-        kept = {k: v for k, v in self.__dict__.items() if k not in own}
-        return {k: v.copy() if isinstance(v, dict) else v for k, v in kept.items()}
+_P = TypeVar("_P", bound=PreparedModule)
+
+
+def prepare(module: nn.Module, kind: type[_P], server: Server, attributes: Mapping[str, Any]) -> _P:
+    """Let ``module`` serve as a ``kind``, bound to its parameters, in place.
+
+    Args:
+        attributes: what ``kind.own`` names beside what every prepared layer has.
+    """
+    layer = disguise(module, kind, {"_server": server, **attributes})
+    try:
+        layer.refresh()
+    except BaseException:
+        layer.restore()
+        raise
+    return layer
+
+
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """The dicts of hooks that calls of ``module`` run."""
+    return tuple(module.__dict__[name] for name in _HOOKS)
 
 
 def parameter_note(device: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str | None:
@@ -424,7 +436,8 @@ def parameter_objection(weight: torch.Tensor | None, bias: torch.Tensor | None =
     return "shape" if bias is not None and bias.shape != weight.shape[:1] else None
 
 
-def _as_parameter(t: torch.Tensor | None) -> nn.Parameter | None:
+def as_parameter(t: torch.Tensor | None) -> nn.Parameter | None:
+    """``t``, as the parameter of a layer that is made of it."""
     return t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=t.requires_grad)
 
 

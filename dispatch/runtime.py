@@ -39,7 +39,7 @@ MISS_NAMES = tuple(miss.name.lower() for miss in Miss)
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """One thing that ``optimize`` did, or left, and why."""
+    """One thing that ``optimize`` or ``restore`` did, or left, and why."""
 
     path: str
     op: str
@@ -49,20 +49,22 @@ class Swap:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``optimize`` did to a model. Prints a line for each kind of swap; ``swaps`` names every module."""
+    """What ``optimize`` or ``restore`` did to a model. Prints a line for each kind of swap; ``swaps`` names every
+    module."""
 
     swaps: tuple[Swap, ...]
+    state: str = "dispatch"
 
     @property
     def swapped(self) -> int:
-        """How many modules now dispatch."""
+        """How many modules were changed."""
         return sum(swap.done for swap in self.swaps)
 
     def __str__(self) -> str:
         alike: dict[tuple[bool, str, str], list[str]] = {}
         for swap in self.swaps:
             alike.setdefault((swap.done, swap.op, swap.note), []).append(swap.path)
-        lines = [f"{self.swapped} of {len(self.swaps)} modules dispatch"]
+        lines = [f"{self.swapped} of {len(self.swaps)} modules {self.state}"]
         for (done, op, note), paths in alike.items():
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             lines.append(f"  {'+' if done else '-'} {paths[0]}{more}  {op}: {note}")
@@ -237,10 +239,10 @@ class Runtime:
             self.switched_off[candidate.id] += 1
 
     def optimize(self, model: torch.nn.Module) -> Report:
-        """Swap the modules of ``model`` that the table can make faster, in place.
+        """Let the modules of ``model`` serve that the table can make faster, in place; ``restore`` undoes it.
 
         A module is left alone where the table holds nothing for its shape, or only the framework's own
-        kernel. Parameters stay the model's own: ``state_dict`` keeps its keys.
+        kernel. Modules stay the same objects, with their parameters, hooks and attributes.
         """
         refused = self.generation.refused
         if refused is not None:
@@ -250,6 +252,17 @@ class Runtime:
         for server in self._servers.values():
             swaps += server.swap(model)
         return Report(tuple(swaps))
+
+    def restore(self, model: torch.nn.Module) -> Report:
+        """Undo ``optimize``: make the modules of ``model`` plain again that serve by this table, in place.
+
+        They stay the same objects with the same parameters. A module that has no plain form, as ``prepare_linear``
+        makes with an epilogue, is left as it is, with a note.
+        """
+        swaps: list[Swap] = []
+        for server in self._servers.values():
+            swaps += server.restore(model)
+        return Report(tuple(swaps), "are plain again")
 
     def explain(self, op: str, /, *, align: int = MAX_ALIGNMENT, **asked: int | str) -> Choice:
         """What a call would run, and why.

@@ -172,6 +172,10 @@ class Server:
         """Swap what this operator can serve in ``model``, in place; returns what it did and left."""
         raise NotImplementedError
 
+    def restore(self, model: nn.Module) -> list[Swap]:  # noqa: ARG002
+        """Undo what ``swap`` did to ``model``, in place; returns what it did and left."""
+        return []
+
     def count(self, outcome: str) -> None:
         """Count one call that never reached the table."""
         self.runtime.counters.add(self.op, outcome)

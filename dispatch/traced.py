@@ -62,7 +62,7 @@ def layer_for(
         setting: what else the layer was made with: the epilogue of a linear, the epsilon of a norm.
     """
     layer = _layers.get(_layer_key(table, op, weight, bias, setting))
-    if layer is None:
+    if layer is None or not getattr(layer, "bound", False):  # a restored one is as plain as any
         return None
     held = layer._parameters.get("weight"), layer._parameters.get("bias")
     # It may have been given other parameters since; what it watches itself is what they hold.
