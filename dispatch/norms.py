@@ -4,16 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
-from dks.dispatch.prepared import PreparedModule, parameter_note
+from dks.dispatch.ambient import is_compiling
+from dks.dispatch.disguise import disguise_note
+from dks.dispatch.lookalike import EPS_NAMES, Lookalike, norm_like
+from dks.dispatch.prepared import PreparedModule, as_modules_do, parameter_note, prepare
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import Question, Server, tensors_objection
 from dks.dispatch.swap import bind_again, places, restore_layers, swap_note
 from dks.dispatch.traced import takes
+
+
+class LikeNorm(PreparedModule):
+    """A norm that is none of PyTorch's but computes the same: what no kernel serves, its own class does."""
+
+    own = PreparedModule.own | {"_argument", "_eps_name"}
+    settings = EPS_NAMES
+    inputs = (1,)
+    _argument: str  # what its forward calls x
+    _eps_name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``forward``."""
+        if len(args) != 1 or kwargs or is_compiling():
+            return as_modules_do(self, *args, **kwargs)
+        return self._fast(self, args[0])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """input (..., n) -> (..., n), as its own class would compute it: same errors, same names of arguments."""
+        if not args and {*kwargs} == {self._argument}:
+            args, kwargs = tuple(kwargs.values()), {}
+        if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
+            return self.plain_class.forward(self, *args, **kwargs)
+        return super().forward(args[0])
+
+    def framework(self, x: torch.Tensor) -> Any:
+        return self.plain_class.forward(self, x)
+
+    def fused_question(self, _weight: torch.Tensor, _bias: torch.Tensor | None) -> None:
+        """None: nobody calls it with a residual."""
+
+    @property
+    def _epsilon(self) -> float:
+        eps: float = self.__dict__[self._eps_name]
+        return eps
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(self._parameters["weight"].shape)  # type: ignore[union-attr]
 
 
 class NormServer(Server):
@@ -37,16 +80,27 @@ class NormServer(Server):
         for path, module in found:
             if isinstance(module, PreparedModule) and module not in swaps:
                 swaps |= bind_again(self, path, module)
-            elif type(module) is self.layer:  # a subclass means something by being one
-                swaps[module] = self._swap_one(path, module)
+            elif type(module) is self.layer:
+                swaps[module] = self._swap_one(path, module, None)
+            elif module not in swaps and self.knows_any and (like := norm_like(module, self.op)) is not None:
+                swaps[module] = self._swap_one(path, module, like)
         return [replace(swaps[module], path=path) for path, module in found if module in swaps]
 
     def restore(self, model: nn.Module) -> list[Swap]:
         """Make plain again what ``swap`` and ``prepare`` let serve in ``model``, in place."""
         return restore_layers(self, places(model))
 
-    def _swap_one(self, path: str, norm: nn.Module) -> Swap:
-        note = self._note(norm)
+    @property
+    def like(self) -> type[LikeNorm]:
+        """What ``swap`` makes of a norm of another class that computes the same."""
+        raise NotImplementedError
+
+    def _prepared_like(self, norm: nn.Module, like: Lookalike) -> PreparedModule:
+        argument = next(iter(signature(norm.forward).parameters))
+        return prepare(norm, self.like, self, {"_argument": argument, "_eps_name": like.eps_name})
+
+    def _swap_one(self, path: str, norm: nn.Module, like: Lookalike | None) -> Swap:
+        note = self._note(norm) if like is None else self._like_note(norm, like)
         if note is not None:
             return Swap(path, self.op, False, note)
         weight = norm._parameters["weight"]
@@ -57,11 +111,20 @@ class NormServer(Server):
             return Swap(path, self.op, False, f"n={n} {weight.dtype} is not in the table")
         if not self.changes_anything(question):
             return Swap(path, self.op, False, f"n={n}: the framework's own kernel is the choice everywhere")
-        layer = self.prepared(norm)
+        layer = self.prepared(norm) if like is None else self._prepared_like(norm, like)
         if not layer.gains:
             layer.restore()
             return Swap(path, self.op, False, f"n={n}: the chosen kernels could not be bound")
-        return Swap(path, self.op, True, layer.describe())
+        name = "" if like is None else f"{layer.plain_class.__name__} "
+        return Swap(path, self.op, True, f"{name}{layer.describe()}")
+
+    def _like_note(self, norm: nn.Module, like: Lookalike) -> str | None:
+        weight, *bias = (norm._parameters.get(name) for name in self.parameters)
+        note = like.objection or disguise_note(norm, self.like)
+        if note is None:
+            assert weight is not None  # its form was looked at
+            note = parameter_note(self.device, weight, *bias)
+        return note
 
     def _note(self, norm: nn.Module) -> str | None:
         """Why a layer must stay as it is, or None."""

@@ -23,6 +23,7 @@ import torch
 
 from dks.dispatch import misses, native, pool, ranks, traced
 from dks.dispatch.choice import Choice
+from dks.dispatch.disguise import Disguised
 from dks.dispatch.errors import BadInput
 from dks.dispatch.explain import Known, explain
 from dks.dispatch.generation import Generation
@@ -67,7 +68,7 @@ class Report:
         lines = [f"{self.swapped} of {len(self.swaps)} modules {self.state}"]
         for (done, op, note), paths in alike.items():
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            lines.append(f"  {'+' if done else '-'} {paths[0]}{more}  {op}: {note}")
+            lines.append(f"  {'+' if done else '-'} {paths[0] or '(the model)'}{more}  {op}: {note}")
         return "\n".join(lines)
 
 
@@ -251,7 +252,18 @@ class Runtime:
         swaps: list[Swap] = []
         for server in self._servers.values():
             swaps += server.swap(model)
-        return Report(tuple(swaps))
+        return Report((*swaps, *self._passed_over(model, {swap.path for swap in swaps})))
+
+    def _passed_over(self, model: torch.nn.Module, named: set[str]) -> list[Swap]:
+        """A line for each module that the table has an operator for and no server named."""
+        servers = [server for server in self._servers.values() if server.knows_any]
+        swaps: list[Swap] = []
+        for path, module in model.named_modules(remove_duplicate=False):
+            if path in named or isinstance(module, Disguised):
+                continue
+            notes = ((server.op, server.passed_over(module)) for server in servers)
+            swaps += [Swap(path, op, False, note) for op, note in notes if note is not None][:1]
+        return swaps
 
     def restore(self, model: torch.nn.Module) -> Report:
         """Undo ``optimize``: make the modules of ``model`` plain again that serve by this table, in place.

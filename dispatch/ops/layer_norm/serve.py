@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling
-from dks.dispatch.norms import NormServer, rows_objection, rows_traced
+from dks.dispatch.norms import LikeNorm, NormServer, rows_objection, rows_traced
 from dks.dispatch.ops.layer_norm.traced import LAYER_NORM
 from dks.dispatch.prepared import PreparedModule, as_parameter, prepare
 from dks.dispatch.problem import alignment
@@ -86,6 +86,10 @@ class LayerNormServer(NormServer):
         """Let an ``nn.LayerNorm`` serve, in place."""
         return prepare(norm, PreparedLayerNorm, self, {})
 
+    @property
+    def like(self) -> type[LikeNorm]:
+        return LikeLayerNorm
+
 
 class PreparedLayerNorm(PreparedModule):
     """layer(x (..., n)) -> (..., n): an ``nn.LayerNorm`` that serves; see ``PreparedModule``."""
@@ -101,23 +105,35 @@ class PreparedLayerNorm(PreparedModule):
         return self._server.question("prepared", weight.dtype, weight.shape[0], weight)
 
     def constants(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[object, ...]:
-        return (weight, bias, self.eps)
+        return (weight, bias, self._epsilon)
 
     def row_bytes(self) -> int:
         return self.weight.shape[0] * self.weight.element_size()
 
     @property
-    def setting(self) -> float:
+    def _epsilon(self) -> float:
         return self.eps
 
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.normalized_shape
+
+    @property
+    def setting(self) -> float:
+        return self._epsilon
+
     def traced(self, x: torch.Tensor, _residual: torch.Tensor | None = None) -> Any:
-        if not rows_traced(x, self.normalized_shape, self.weight, self.bias):
+        if not rows_traced(x, self._shape, self.weight, self.bias):
             return None
         table = self._server.runtime.name
-        return LAYER_NORM(x, self.normalized_shape, self.weight, self.bias, self.eps, True, table)
+        return LAYER_NORM(x, self._shape, self.weight, self.bias, self._epsilon, True, table)
 
     def framework(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self._shape, self.weight, self.bias, self._epsilon)
 
     def label(self) -> str:
-        return f"n={self.weight.shape[0]} eps={self.eps}"
+        return f"n={self.weight.shape[0]} eps={self._epsilon}"
+
+
+class LikeLayerNorm(LikeNorm, PreparedLayerNorm):
+    """layer(x (..., n)) -> (..., n): a norm of another class that serves; see ``LikeNorm``."""

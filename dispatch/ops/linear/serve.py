@@ -19,6 +19,7 @@ from dks.dispatch.kernel import DTYPES
 from dks.dispatch.modes import EAGER
 from dks.dispatch.ops.linear.epilogue import ACTIVATIONS, EPILOGUES, finish
 from dks.dispatch.ops.linear.layers import Pair, PreparedLinear, fuse, made_linear, unpair
+from dks.dispatch.ops.linear.others import other_linear
 from dks.dispatch.ops.linear.pair import LinearAndActivation, linear_note, linear_then_activation
 from dks.dispatch.ops.linear.traced import LINEAR, fits
 from dks.dispatch.prepared import prepare
@@ -165,6 +166,9 @@ class LinearServer(Server):
             elif type(module) is nn.Linear:
                 swaps[module] = self._swap_one(path, module)
         return [replace(swaps[module], path=path) for path, module in found if module in swaps]
+
+    def passed_over(self, module: nn.Module) -> str | None:
+        return other_linear(module)
 
     def restore(self, model: nn.Module) -> list[Swap]:
         """Make plain again what ``swap`` and ``prepare`` let serve in ``model``, in place."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from dks.dispatch.ambient import is_compiling
 from dks.dispatch.kernel import Output
-from dks.dispatch.norms import NormServer, rows_objection, rows_traced
+from dks.dispatch.norms import LikeNorm, NormServer, rows_objection, rows_traced
 from dks.dispatch.ops.rms_norm.traced import ADD_RMS_NORM, RMS_NORM, add_and_normalize, normalize
 from dks.dispatch.prepared import PreparedModule, as_parameter, prepare
 from dks.dispatch.problem import alignment
@@ -91,6 +91,10 @@ class RMSNormServer(NormServer):
         """Let an ``nn.RMSNorm`` serve, in place."""
         return prepare(norm, PreparedRMSNorm, self, {})
 
+    @property
+    def like(self) -> type[LikeNorm]:
+        return LikeRMSNorm
+
 
 class PreparedRMSNorm(PreparedModule):
     """layer(x (..., n)) -> y (..., n), layer(x, residual) -> (y, h): an ``nn.RMSNorm`` that serves; see
@@ -104,13 +108,21 @@ class PreparedRMSNorm(PreparedModule):
     _server: RMSNormServer
 
     @property
-    def setting(self) -> float | None:
+    def _epsilon(self) -> float | None:
         return self.eps
 
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.normalized_shape
+
+    @property
+    def setting(self) -> float | None:
+        return self._epsilon
+
     def traced(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        if not _traceable(x, self.normalized_shape, self.weight, residual):
+        if not _traceable(x, self._shape, self.weight, residual):
             return None
-        return _traced(x, self.normalized_shape, self.weight, self.eps, residual, True, self._server.runtime.name)
+        return _traced(x, self._shape, self.weight, self._epsilon, residual, True, self._server.runtime.name)
 
     def question(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Question:
         return self._server.question("prepared", weight.dtype, weight.shape[0], weight)
@@ -119,16 +131,20 @@ class PreparedRMSNorm(PreparedModule):
         return self._server.question("prepared", weight.dtype, weight.shape[0], weight, fused=True)
 
     def constants(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> tuple[object, ...]:
-        return (weight, self.eps)
+        return (weight, self._epsilon)
 
     def row_bytes(self) -> int:
         return self.weight.shape[0] * self.weight.element_size()
 
     def framework(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Output:
-        return _framework(x, self.normalized_shape, self.weight, self.eps, residual)
+        return _framework(x, self._shape, self.weight, self._epsilon, residual)
 
     def label(self) -> str:
-        return f"n={self.weight.shape[0]} eps={self.eps}"
+        return f"n={self.weight.shape[0]} eps={self._epsilon}"
+
+
+class LikeRMSNorm(LikeNorm, PreparedRMSNorm):  # type: ignore[misc] # it takes fewer arguments
+    """layer(x (..., n)) -> y (..., n): a norm of another class that serves, as Llama's; see ``LikeNorm``."""
 
 
 def _traceable(x: Any, normalized_shape: Any, weight: torch.Tensor | None, residual: torch.Tensor | None) -> bool:

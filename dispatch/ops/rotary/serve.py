@@ -80,6 +80,12 @@ class RotaryServer(Server):
         """Nothing: torch has no module of it, and those of transformers come with a model's own conventions."""
         return []
 
+    def passed_over(self, module: nn.Module) -> str | None:
+        kind = type(module).__name__
+        if any(module.children()) or not any(name in kind for name in ("Rotary", "RoPE", "Rope")):
+            return None
+        return f"{kind} keeps to its model's conventions: {self.runtime.name}.rotary serves where it is called"
+
 
 def _fit(*args: Any) -> bool:
     """Whether these are tensors whose dtypes and shapes fit each other; ``_misfit`` says why not."""
