@@ -141,7 +141,7 @@ def _inputs(n: int, dtype: torch.dtype, eps: float) -> list[torch.Tensor]:
 
 def _reference(op: str, x: torch.Tensor, eps: float, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
     if op == "layer_norm":
-        return nn.functional.layer_norm(x, weight.shape, weight, *bias, eps)
+        return nn.functional.layer_norm(x, weight.shape, weight, bias[0], eps)
     return nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 

@@ -51,7 +51,7 @@ class LikeNorm(PreparedModule):
 
     @property
     def _epsilon(self) -> float:
-        eps: float = self.__dict__[self._eps_name]
+        eps: float = getattr(self, self._eps_name)
         return eps
 
     @property
