@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dks.dispatch import pool
 from dks.dispatch.kernel import Kernel, aligned, relative_error
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
-from dks.dispatch.ops.linear.serve import ActivatedLinear, PreparedLinear
+from dks.dispatch.ops.linear.layers import ActivatedLinear, PreparedLinear
 from dks.dispatch.problem import Precision, Problem
 from dks.dispatch.runtime import FAILURES
 

@@ -188,17 +188,20 @@ class Parts:
 class _State:
     """What the attributes of a module were."""
 
-    __slots__ = ("_count", "_get", "_seen")
+    __slots__ = ("_count", "_get", "_names", "_seen")
 
     def __init__(self, module: nn.Module) -> None:
         names = [name for name in module.__dict__ if name not in ("training", "_parts")]
         self._count = len(module.__dict__)
+        self._names = names
         self._get = itemgetter(*names)
         self._seen = self._get(module.__dict__)
 
     def same(self, module: nn.Module) -> bool:
         held = module.__dict__
         try:
+            if is_compiling():
+                return len(held) == self._count and all(held[n] is v for n, v in zip(self._names, self._seen))
             return len(held) == self._count and bool(self._get(held) == self._seen)
         except Exception:  # one is gone, or is now something that compares to no truth
             return False
