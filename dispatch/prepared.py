@@ -273,10 +273,11 @@ class PreparedModule(Disguised):
         return self._fast(self, input) if residual is None else self._fast(self, input, residual)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        settings = self.settings  # before, since it may get another class
         super().__setattr__(name, value)
         if name in _CALLS:  # somebody changes what a call does: no short cut past that
             self.__dict__["_fast"] = as_modules_do
-        elif name in self.settings:
+        elif name in settings:
             self.refresh()
 
     @property

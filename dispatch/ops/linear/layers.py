@@ -74,6 +74,9 @@ class ActivatedLinear(PreparedLinear):
 
     def plain(self) -> nn.Module:
         graph: GraphModule = symbolic_trace(_Added(self) if self.epilogue == "add" else _Activated(self))
+        for node in graph.graph.nodes:
+            node.type = None  # this file's annotations are texts, which a pickle can't name
+        graph.recompile()
         graph.__dict__.update(self._attributes())
         return graph
 
@@ -188,18 +191,22 @@ class Parts:
 class _State:
     """What the attributes of a module were."""
 
-    __slots__ = ("_count", "_get", "_seen")
+    __slots__ = ("_count", "_get", "_seen", "_values")
 
     def __init__(self, module: nn.Module) -> None:
-        names = [name for name in module.__dict__ if name not in ("training", "_parts")]
-        self._count = len(module.__dict__)
-        self._get = itemgetter(*names)
-        self._seen = self._get(module.__dict__)
+        self._seen = [(name, value) for name, value in vars(module).items() if name not in ("training", "_parts")]
+        self._count = len(vars(module))
+        self._get = itemgetter(*(name for name, _ in self._seen))
+        self._values = tuple(value for _, value in self._seen)
 
     def same(self, module: nn.Module) -> bool:
         held = module.__dict__
         try:
-            return len(held) == self._count and bool(self._get(held) == self._seen)
+            if len(held) != self._count:
+                return False
+            if is_compiling():  # which can't read an itemgetter
+                return all(held[name] is value for name, value in self._seen)
+            return bool(self._get(held) == self._values)
         except Exception:  # one is gone, or is now something that compares to no truth
             return False
 
