@@ -33,9 +33,9 @@ _CALLS = frozenset({*_HOOKS, "forward", "_compiled_call_impl"})
 """Attributes of a module that decide what calling it does."""
 
 
-def as_modules_do(layer: nn.Module, *given: torch.Tensor) -> Any:
+def as_modules_do(layer: nn.Module, *given: Any, **named: Any) -> Any:
     """The Python form of a call: hooks, then ``forward``. Looked up late, since tracers patch it."""
-    return nn.Module.__call__(layer, *given)
+    return nn.Module.__call__(layer, *given, **named)
 
 
 def _captured() -> bool:
