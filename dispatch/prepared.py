@@ -27,9 +27,9 @@ from dks.dispatch.watch import Watch
 
 _M = TypeVar("_M", bound="PreparedModule")
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_ALL_HOOKS = tuple(getattr(modules, f"_global{name}") for name in _HOOKS)
-_CALLS = frozenset({*_HOOKS, "forward", "_compiled_call_impl"})
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_ALL_HOOKS = tuple(getattr(modules, f"_global{name}") for name in HOOKS)
+_CALLS = frozenset({*HOOKS, "forward", "_compiled_call_impl"})
 """Attributes of a module that decide what calling it does."""
 
 
@@ -411,7 +411,7 @@ def prepare(module: nn.Module, kind: type[_P], server: Server, attributes: Mappi
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
     """The dicts of hooks that calls of ``module`` run."""
-    return tuple(module.__dict__[name] for name in _HOOKS)
+    return tuple(module.__dict__[name] for name in HOOKS)
 
 
 def parameter_note(device: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str | None:

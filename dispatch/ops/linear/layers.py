@@ -15,7 +15,7 @@ from dks.dispatch.ambient import is_compiling
 from dks.dispatch.disguise import Disguised, disguise
 from dks.dispatch.ops.linear.epilogue import finish
 from dks.dispatch.ops.linear.traced import LINEAR, fits
-from dks.dispatch.prepared import PreparedModule, as_modules_do, as_parameter, hooks_of, prepare
+from dks.dispatch.prepared import HOOKS, PreparedModule, as_modules_do, as_parameter, hooks_of, prepare
 from dks.dispatch.served import Question
 
 if TYPE_CHECKING:
@@ -188,13 +188,17 @@ class Parts:
         )
 
 
+_NO_MATTER = vars(nn.Module()).keys() - {*HOOKS} | {"_parts"}
+"""Attributes that a call of a pair or of its activation never reads, or that are looked at elsewhere."""
+
+
 class _State:
     """What the attributes of a module were."""
 
     __slots__ = ("_count", "_get", "_seen", "_values")
 
     def __init__(self, module: nn.Module) -> None:
-        self._seen = [(name, value) for name, value in vars(module).items() if name not in ("training", "_parts")]
+        self._seen = [(name, value) for name, value in vars(module).items() if name not in _NO_MATTER]
         self._count = len(vars(module))
         self._get = itemgetter(*(name for name, _ in self._seen))
         self._values = tuple(value for _, value in self._seen)
