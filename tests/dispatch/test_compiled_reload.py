@@ -74,17 +74,29 @@ class Layers(nn.Module):
 
 
 class Optimized(nn.Module):
-    """What ``optimize`` swapped."""
+    """What ``optimize`` swapped: linears, one with its activation, and norms, one of another class than torch's."""
 
-    calls = 3
+    calls = 5
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
-        self.mlp = Mlp().eval().requires_grad_(False)
-        assert runtime.optimize(self.mlp).swapped == self.calls
+        pair = nn.Sequential(nn.Linear(N, N), nn.GELU())
+        self.model = nn.Sequential(Mlp(), pair, Llama()).eval().requires_grad_(False)
+        assert runtime.optimize(self.model).swapped == self.calls
 
     def forward(self, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        return self.mlp(x)
+        return self.model(x)
+
+
+class Llama(nn.Module):
+    """A norm as Llama has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(N)), 1e-5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
 KINDS = (Calls, Layers, Optimized)
