@@ -47,7 +47,13 @@ def norm_like(module: nn.Module, op: str) -> Lookalike | None:
     up to rounding: also where one rounds once and the other twice.
     """
     kind = type(module)
-    if kind.__module__.startswith("torch.nn.modules") or isinstance(module, OTHERS) or any(module.children()):
+    if kind.__module__.startswith("torch.nn.modules") or isinstance(module, OTHERS):
+        return None
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        subclass_of = "layer_norm" if isinstance(module, nn.LayerNorm) else "rms_norm"
+        objection = f"{kind.__name__} is a subclass, and means something by being one"
+        return Lookalike("", objection) if subclass_of == op else None
+    if any(module.children()):
         return None
     held = {name for name, t in module._parameters.items() if t is not None}
     called_norm = re.search("norm", kind.__name__, re.IGNORECASE) is not None
@@ -55,11 +61,7 @@ def norm_like(module: nn.Module, op: str) -> Lookalike | None:
     eps_names = sorted(EPS_NAMES & {*module.__dict__})
     if most_like != op or not (called_norm or (eps_names and held == {*_HELD[op]})):
         return None
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return Lookalike("", f"{kind.__name__} is a subclass, and means something by being one")
-    objection = _form_objection(module, op, eps_names)
-    if objection is None:
-        objection = _behaviour_objection(module, op, eps_names[0])
+    objection = _form_objection(module, op, eps_names) or _behaviour_objection(module, op, eps_names[0])
     if objection is None:
         return Lookalike(eps_names[0], None)
     return Lookalike("", f"{kind.__name__} {objection}") if called_norm else None
@@ -134,8 +136,8 @@ def _inputs(n: int, dtype: torch.dtype, eps: float) -> list[torch.Tensor]:
     """Rows of one size, with a mean, of sizes beside each other, so small that the epsilon counts, and of zeros."""
     rows = torch.randn(4, n, device="cpu")
     small = rows * max(eps, 1e-12) ** 0.5
-    uneven = rows * torch.tensor([1e-2, 1.0, 30.0, 100.0]).view(4, 1)
-    drawn = (rows[0], rows + 2, uneven.view(2, 2, n), small, torch.zeros(2, n))
+    uneven = rows * torch.tensor([[1e-2], [1.0], [30.0], [100.0]], device="cpu")
+    drawn = (rows[0], rows + 2, uneven.view(2, 2, n), small, torch.zeros(2, n, device="cpu"))
     return [x.to(dtype) for x in drawn]
 
 

@@ -50,6 +50,12 @@ class LikeNorm(PreparedModule):
         """None: nobody calls it with a residual."""
 
     @property
+    def gains(self) -> bool:
+        """Whether any kernel is bound: also PyTorch's own is another than the module's class has."""
+        binding = self.binding
+        return binding is not None and any(dispatch.kernels for dispatch in binding.dispatches)
+
+    @property
     def _epsilon(self) -> float:
         eps: float = getattr(self, self._eps_name)
         return eps
@@ -109,7 +115,7 @@ class NormServer(Server):
         question = self.question("prepared", weight.dtype, n, weight)
         if self.plan(question).find is None:
             return Swap(path, self.op, False, f"n={n} {weight.dtype} is not in the table")
-        if not self.changes_anything(question):
+        if like is None and not self.changes_anything(question):
             return Swap(path, self.op, False, f"n={n}: the framework's own kernel is the choice everywhere")
         layer = self.prepared(norm) if like is None else self._prepared_like(norm, like)
         if not layer.gains:

@@ -190,6 +190,15 @@ def test_bf16_differs_by_no_more_than_rounding(runtime: Runtime) -> None:
     assert ((served - wanted).abs() / wanted.abs()).max() <= ((plain - wanted).abs() / wanted.abs()).max()
 
 
+def test_pytorchs_own_kernel_is_a_gain_over_another_class(route: Any) -> None:
+    runtime = route("rms_norm", ("torch.rms_norm",), [{"n": N}])
+    model = nn.Sequential(Llama(), nn.RMSNorm(N)).eval().requires_grad_(False)
+    said = notes(runtime, model)
+    assert said["0"][1] and "choice everywhere" in said["1"][2]
+    model(torch.randn(3, N))
+    assert hits(runtime, "rms_norm") == 1
+
+
 def test_such_norms_copy_travel_and_compile(runtime: Runtime) -> None:
     model = nn.Sequential(Llama(), nn.Linear(N, N)).eval().requires_grad_(False)
     x = torch.randn(3, N)
@@ -208,6 +217,11 @@ def test_such_norms_copy_travel_and_compile(runtime: Runtime) -> None:
 
 
 SOMETHING_ELSE = "computes something else"
+
+
+def parametrized(module: nn.Module) -> nn.Module:
+    nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
+    return module
 
 
 def gated(s: Any, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
@@ -245,6 +259,10 @@ LEFT: dict[str, tuple[str, str, Callable[[], nn.Module]]] = {
     "a layer norm without a bias": ("layer_norm", "has no weight or no bias", lambda: nn.LayerNorm(N, bias=False)),
     "a norm over two dims": ("layer_norm", "normalises over", lambda: nn.LayerNorm((2, N))),
     "a norm's subclass": ("layer_norm", "is a subclass", lambda: type("Fp32LayerNorm", (nn.LayerNorm,), {})(N)),
+    "a parametrized norm": (
+        "rms_norm", "ParametrizedRMSNorm is a subclass",
+        lambda: parametrized(nn.RMSNorm(N)),
+    ),
     "a linear's subclass": ("linear", "is a subclass", lambda: type("Lora", (nn.Linear,), {})(N, N)),
     "a parametrized linear": (
         "linear", "ParametrizedLinear is a subclass",

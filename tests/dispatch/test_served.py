@@ -362,7 +362,9 @@ def test_what_is_left_alone_says_why(runtime: Any) -> None:
     assert "more than a weight" in notes["buffered"] and "more than a weight" in notes["more"]
     assert "not in the table" in notes["unknown"] and "not in the table" in notes["halved"]
     assert notes["wide"] == "dtype" and notes["meta"] == "device" and notes["empty"] == "zero_sized"
-    assert all("is a subclass, and means something by being one" in notes[name] for name in ("own", "normed", "lazy"))
+    assert all(
+        "is a subclass, and means something by being one" in notes[name] for name in ("own", "normed", "lazy")
+    )
 
 
 def test_the_model_itself_is_swapped(runtime: Any) -> None:
