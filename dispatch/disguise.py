@@ -74,6 +74,12 @@ class Disguised(nn.Module):
         return self.plain()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
 
+def serves(module: nn.Module) -> bool:
+    """Whether a method of ours may go on with ``module``: tools keep ``module.forward``, and call it when the module
+    was restored or copied since."""
+    return isinstance(module, Disguised)
+
+
 def _plain(kind: type) -> type:
     """The class that ``kind`` was made of, if it is one that was made here."""
     return vars(kind).get("plain_class", kind) if issubclass(kind, Disguised) else kind

@@ -20,6 +20,7 @@ OTHERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn
 """PyTorch's norms of another kind than over the last dim."""
 
 _HELD = {"rms_norm": ("weight",), "layer_norm": ("weight", "bias")}
+_OF_EVERY_MODULE = {*vars(nn.Module()), "_is_hf_initialized"}
 _METHODS = {"__init__", "forward", "extra_repr", "reset_parameters", "_norm", "__repr__"}
 _ROUNDING = {torch.float32: 1e-5}  # sums in any order; of shorter dtypes, that of a product rounded twice
 
@@ -30,12 +31,12 @@ class Lookalike(NamedTuple):
     """What a module that looks like a norm is.
 
     Attributes:
-        eps_name: the attribute that holds its epsilon; empty where ``objection`` is not None.
-        objection: why no table may serve it, or None.
+        eps_name: the attribute that holds its epsilon; empty where ``note`` is not None.
+        note: why no table may serve it, or None.
     """
 
     eps_name: str
-    objection: str | None
+    note: str | None
 
 
 def norm_like(module: nn.Module, op: str) -> Lookalike | None:
@@ -51,8 +52,8 @@ def norm_like(module: nn.Module, op: str) -> Lookalike | None:
         return None
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         subclass_of = "layer_norm" if isinstance(module, nn.LayerNorm) else "rms_norm"
-        objection = f"{kind.__name__} is a subclass, and means something by being one"
-        return Lookalike("", objection) if subclass_of == op else None
+        note = f"{kind.__name__} is a subclass, and means something by being one"
+        return Lookalike("", note) if subclass_of == op else None
     if any(module.children()):
         return None
     held = {name for name, t in module._parameters.items() if t is not None}
@@ -61,15 +62,15 @@ def norm_like(module: nn.Module, op: str) -> Lookalike | None:
     eps_names = sorted(EPS_NAMES & {*module.__dict__})
     if most_like != op or not (called_norm or (eps_names and held == {*_HELD[op]})):
         return None
-    objection = _form_objection(module, op, eps_names) or _behaviour_objection(module, op, eps_names[0])
-    if objection is None:
+    note = _form_note(module, op, eps_names) or _behaviour_note(module, op, eps_names[0])
+    if note is None:
         return Lookalike(eps_names[0], None)
-    return Lookalike("", f"{kind.__name__} {objection}") if called_norm else None
+    return Lookalike("", f"{kind.__name__} {note}") if called_norm else None
 
 
-def _form_objection(module: nn.Module, op: str, eps_names: list[str]) -> str | None:
+def _form_note(module: nn.Module, op: str, eps_names: list[str]) -> str | None:
     """What of a module could matter that calls with a few inputs don't show, or None."""
-    note = swap_note(module, _HELD[op]) or _parameters_objection(module, _HELD[op])
+    note = swap_note(module, _HELD[op]) or _parameters_note(module, _HELD[op])
     if note is not None:
         return note
     if len(eps_names) != 1 or type(module.__dict__[eps_names[0]]) is not float:
@@ -77,7 +78,7 @@ def _form_objection(module: nn.Module, op: str, eps_names: list[str]) -> str | N
     weight = module._parameters["weight"]
     n = 0 if weight is None else len(weight)
     for name, value in vars(module).items():
-        if not (name.startswith("_") or name in ("training", *eps_names) or _is_size(value, n)):
+        if name not in _OF_EVERY_MODULE and name not in eps_names and not _is_size(value, n):
             return f"holds {name}, which may change what it computes"
     kind = type(module)
     own = {name for name, value in vars(kind).items() if callable(value) or isinstance(value, property)}
@@ -87,7 +88,7 @@ def _form_objection(module: nn.Module, op: str, eps_names: list[str]) -> str | N
     return None if takes_one else "takes more than one argument"
 
 
-def _parameters_objection(module: nn.Module, names: tuple[str, ...]) -> str | None:
+def _parameters_note(module: nn.Module, names: tuple[str, ...]) -> str | None:
     weight, *bias = (module._parameters[name] for name in names)
     if weight is None or any(t is None for t in bias):
         return "has no " + " or no ".join(names)
@@ -101,23 +102,23 @@ def _is_size(value: object, n: int) -> bool:
     return value == n if type(value) is int else isinstance(value, tuple | list) and [*value] == [n]
 
 
-def _behaviour_objection(module: nn.Module, op: str, eps_name: str) -> str | None:
+def _behaviour_note(module: nn.Module, op: str, eps_name: str) -> str | None:
     """How what ``module`` computes differs from ``op``, or None."""
     weight = module._parameters["weight"]
     assert weight is not None
     n, dtype, eps = len(weight), weight.dtype, float(module.__dict__[eps_name])
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad(), _no_autocast():
-        torch.manual_seed(0)
+        drawing = torch.Generator().manual_seed(0)
         twin = type(module).__new__(type(module))
         twin.__dict__.update(module.__dict__)
         # Other values than the module's: a weight of ones shows nothing. On the CPU, wherever the module is.
-        drawn = {name: nn.Parameter(torch.randn(n, device="cpu").to(dtype), False) for name in _HELD[op]}
+        drawn = {name: nn.Parameter(_drawn(drawing, n).to(dtype), False) for name in _HELD[op]}
         twin.__dict__["_parameters"] = drawn
         constants = [t.double() for t in drawn.values()]
         try:
             gaps = [
                 _gap(twin.train(training), x, _reference(op, x.double(), eps, *constants))
-                for x in _inputs(n, dtype, eps)
+                for x in _inputs(drawing, n, dtype, eps)
                 for training in (True, False)
             ]
         except Exception as error:  # whatever a stranger's module raises on such input
@@ -132,9 +133,13 @@ def _no_autocast() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
 
-def _inputs(n: int, dtype: torch.dtype, eps: float) -> list[torch.Tensor]:
+def _drawn(drawing: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=drawing, device="cpu")
+
+
+def _inputs(drawing: torch.Generator, n: int, dtype: torch.dtype, eps: float) -> list[torch.Tensor]:
     """Rows of one size, with a mean, of sizes beside each other, so small that the epsilon counts, and of zeros."""
-    rows = torch.randn(4, n, device="cpu")
+    rows = _drawn(drawing, 4, n)
     small = rows * max(eps, 1e-12) ** 0.5
     uneven = rows * torch.tensor([[1e-2], [1.0], [30.0], [100.0]], device="cpu")
     drawn = (rows[0], rows + 2, uneven.view(2, 2, n), small, torch.zeros(2, n, device="cpu"))

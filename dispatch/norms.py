@@ -126,7 +126,7 @@ class NormServer(Server):
 
     def _like_note(self, norm: nn.Module, like: Lookalike) -> str | None:
         weight, *bias = (norm._parameters.get(name) for name in self.parameters)
-        note = like.objection or disguise_note(norm, self.like)
+        note = like.note or disguise_note(norm, self.like)
         if note is None:
             assert weight is not None  # its form was looked at
             note = parameter_note(self.device, weight, *bias)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dks.dispatch.generation import Generation
 from dks.dispatch.runtime import Runtime
@@ -224,6 +225,26 @@ def parametrized(module: nn.Module) -> nn.Module:
     return module
 
 
+def test_a_compiled_transformer_outlives_reloads(route: Any) -> None:
+    torch._dynamo.reset()
+    first, empty = made(route, *ROUTES).generation, Generation()
+    runtime = Runtime("tiny", first, lambda path: first if path.name == "first" else empty)
+    model = transformers.BertModel(transformers.BertConfig(**SMALL)).eval().requires_grad_(False)
+    ids = torch.arange(3, 17).view(2, 7)
+    assert runtime.optimize(model).swapped > 5
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        wanted = compiled(ids)[0]
+        graphs = counter.frame_count
+        for name in ("empty", "first") * 5:
+            runtime.reload(name)
+            before = hits(runtime, "attention")
+            torch.testing.assert_close(compiled(ids)[0], wanted, rtol=1e-4, atol=1e-4)
+            assert hits(runtime, "attention") - before == (name == "first")
+    assert counter.frame_count == graphs
+
+
 def gated(s: Any, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     return rms(x, s.weight, s.eps) if gate is None else rms(x, s.weight, s.eps) * gate
 
@@ -252,6 +273,7 @@ LEFT: dict[str, tuple[str, str, Callable[[], nn.Module]]] = {
     "it raises": ("rms_norm", "raised ZeroDivisionError", lambda: norm("RMSNorm", lambda s, x: 1 // 0)),
     "a gate": ("rms_norm", "takes more than one argument", lambda: norm("GatedRMSNorm", gated)),
     "a switch": ("rms_norm", "holds twice", lambda: norm("RMSNorm", with_state, twice=False)),
+    "a private switch": ("rms_norm", "holds _twice", lambda: norm("RMSNorm", gated, _twice=False)),
     "no epsilon": ("rms_norm", "has no epsilon", lambda: norm("RMSNorm", lambda s, x: rms(x, s.weight), eps="")),
     "no weight": (
         "rms_norm", "holds more than a weight", lambda: norm("L2RMSNorm", lambda s, x: rms(x, None), weight=None)

@@ -1,4 +1,4 @@
-"""Models that travel: copies, pickles and files hold PyTorch's own layers, and ``restore`` makes them so in place."""
+"""Models that travel: copies, pickles and files hold PyTorch's own layers; ``restore`` makes them so in place."""
 
 from __future__ import annotations
 
@@ -141,6 +141,23 @@ def test_a_layer_that_refers_to_itself_is_copied(runtime: Any) -> None:
     model.down.__dict__["owner"] = [model, model.down]
     twin = copy.deepcopy(model.down)
     assert twin.owner[1] is twin and type(twin) is nn.Linear and type(twin.owner[0]) is Net
+
+
+def test_a_kept_forward_goes_on_when_its_module_is_plain_again(runtime: Any, route: Any) -> None:
+    norms = route("layer_norm", ("torch.native_layer_norm",), [{"n": 8}])
+    model = nn.ModuleList([nn.Sequential(nn.Linear(8, 16), nn.GELU()), nn.Linear(8, 8), nn.LayerNorm(8)])
+    wanted = [module(x()) for module in model]
+    for table in (runtime, norms):
+        table.optimize(model)
+    for module in (*model, model[0][0]):
+        module.kept = module.forward
+    twin = copy.deepcopy(model)
+    for table in (runtime, norms):
+        table.restore(model)
+    for net in (twin, model):
+        for module, y in zip(net, wanted, strict=True):
+            assert torch.allclose(module.kept(x()), y, atol=1e-5)
+        assert torch.equal(net[0][0].kept(x()), net[0][0](x()))
 
 
 def test_no_pickle_names_a_module_of_ours(runtime: Any) -> None:

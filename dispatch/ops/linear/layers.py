@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
 from dks.dispatch.ambient import is_compiling
-from dks.dispatch.disguise import Disguised, disguise
+from dks.dispatch.disguise import Disguised, disguise, serves
 from dks.dispatch.ops.linear.epilogue import finish
 from dks.dispatch.ops.linear.traced import LINEAR, fits
 from dks.dispatch.prepared import HOOKS, PreparedModule, as_modules_do, as_parameter, hooks_of, prepare
@@ -116,6 +116,8 @@ class PairedLinear(PreparedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """input (..., k) -> (..., n), without the activation."""
+        if not serves(self):
+            return type(self).forward(self, input)
         self._server.count("unpaired")
         return F.linear(input, self.weight, self.bias)
 
@@ -138,8 +140,9 @@ class Pair(Disguised):
     Each call looks whether they are still what was fused, with nothing attached. If not, it is the plain module's.
     """
 
-    own = frozenset({"_parts"})
+    own = frozenset({"_parts", "_server"})
     _parts: Parts
+    _server: LinearServer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or is_compiling() or not self._parts.same(self):
@@ -148,13 +151,20 @@ class Pair(Disguised):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """input (..., k) -> (..., n), as the plain module would compute it."""
-        if len(args) != 1 or kwargs or not self.intact:
-            return super().forward(*args, **kwargs)
+        if not serves(self):
+            return type(self).forward(self, *args, **kwargs)
+        if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or not self.intact:
+            return super().forward(*args, **kwargs)  # as a tracer's stand-ins are: it is to see both children
         return PreparedModule.forward(self._parts.linear, args[0])
 
     def framework(self, x: torch.Tensor) -> torch.Tensor:
         """What serves in the place of a kernel that raised."""
         return self._parts.linear.framework(x)
+
+    @property
+    def server(self) -> LinearServer:
+        """What serves this pair."""
+        return self._server
 
     @property
     def linear(self) -> PairedLinear:
@@ -188,7 +198,7 @@ class Parts:
         )
 
 
-_NO_MATTER = vars(nn.Module()).keys() - {*HOOKS} | {"_parts"}
+_NO_MATTER = vars(nn.Module()).keys() - {*HOOKS} | Pair.own
 """Attributes that a call of a pair or of its activation never reads, or that are looked at elsewhere."""
 
 
@@ -220,7 +230,7 @@ def fuse(server: LinearServer, parent: nn.Module, linear: nn.Linear, activation:
     more = (*hooks_of(parent), *hooks_of(activation))
     own = {"epilogue": epilogue, "_activation": activation, "_more_hooks": more}
     paired = prepare(linear, PairedLinear, server, own)
-    pair = disguise(parent, Pair, {"_parts": None})
+    pair = disguise(parent, Pair, {"_server": server, "_parts": None})
     pair.__dict__["_parts"] = Parts(pair, paired, activation)
     return pair
 

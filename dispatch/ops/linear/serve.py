@@ -152,7 +152,7 @@ class LinearServer(Server):
         counts = Counter(id(module) for _, module in found)
         swaps: dict[nn.Module, Swap] = {}  # one layer under two names stays one layer
         for path, module in found:
-            if isinstance(module, Pair) and not module.intact and module.linear.server is self:
+            if isinstance(module, Pair) and not module.intact and module.server is self:
                 unpair(module)
             pair = linear_then_activation(module, self.device)
             if pair is not None and counts[id(pair.linear)] == 1:
@@ -174,7 +174,7 @@ class LinearServer(Server):
         """Make plain again what ``swap`` and ``prepare`` let serve in ``model``, in place."""
         found = places(model)
         for _, module in found:
-            if isinstance(module, Pair) and module.linear.server is self:
+            if isinstance(module, Pair) and module.server is self:
                 module.restore()
         return restore_layers(self, found)
 
