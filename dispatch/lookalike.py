@@ -52,8 +52,8 @@ def norm_like(module: nn.Module, op: str) -> Lookalike | None:
         return None
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         subclass_of = "layer_norm" if isinstance(module, nn.LayerNorm) else "rms_norm"
-        note = f"{kind.__name__} is a subclass, and means something by being one"
-        return Lookalike("", note) if subclass_of == op else None
+        why = f"{kind.__name__} is a subclass, and means something by being one"
+        return Lookalike("", why) if subclass_of == op else None
     if any(module.children()):
         return None
     held = {name for name, t in module._parameters.items() if t is not None}
