@@ -3,16 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
-from dks.dispatch.prepared import PreparedModule, parameter_note
+from dks.dispatch.ambient import is_compiling
+from dks.dispatch.disguise import disguise_note
+from dks.dispatch.lookalike import EPS_NAMES, Lookalike, norm_like
+from dks.dispatch.prepared import PreparedModule, as_modules_do, parameter_note, prepare
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import Question, Server, tensors_objection
-from dks.dispatch.swap import bind_again, children, replace, swap_note
+from dks.dispatch.swap import bind_again, places, restore_layers, swap_note
 from dks.dispatch.traced import takes
+
+
+class LikeNorm(PreparedModule):
+    """A norm that is none of PyTorch's but computes the same: what no kernel serves, its own class does."""
+
+    own = PreparedModule.own | {"_argument", "_eps_name"}
+    settings = EPS_NAMES
+    inputs = (1,)
+    _argument: str  # what its forward calls x
+    _eps_name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``forward``."""
+        if len(args) != 1 or kwargs or is_compiling():
+            return as_modules_do(self, *args, **kwargs)
+        return self._fast(self, args[0])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """input (..., n) -> (..., n), as its own class would compute it: same errors, same names of arguments."""
+        if not args and {*kwargs} == {self._argument}:
+            args, kwargs = tuple(kwargs.values()), {}
+        if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
+            return self.plain_class.forward(self, *args, **kwargs)
+        return super().forward(args[0])
+
+    def framework(self, x: torch.Tensor) -> Any:
+        return self.plain_class.forward(self, x)
+
+    def fused_question(self, _weight: torch.Tensor, _bias: torch.Tensor | None) -> None:
+        """None: nobody calls it with a residual."""
+
+    @property
+    def gains(self) -> bool:
+        """Whether any kernel is bound: also PyTorch's own is another than the module's class has."""
+        binding = self.binding
+        return binding is not None and any(dispatch.kernels for dispatch in binding.dispatches)
+
+    @property
+    def _epsilon(self) -> float:
+        eps: float = getattr(self, self._eps_name)
+        return eps
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(self._parameters["weight"].shape)  # type: ignore[union-attr]
 
 
 class NormServer(Server):
@@ -26,45 +76,61 @@ class NormServer(Server):
         raise NotImplementedError
 
     def prepared(self, norm: nn.Module) -> PreparedModule:
-        """The layer that dispatches in the place of ``norm``."""
+        """Let ``norm`` serve, in place."""
         raise NotImplementedError
 
     def swap(self, model: nn.Module) -> list[Swap]:
-        """Swap every layer of this kind that the table makes faster."""
-        if type(model) is self.layer:
-            return [Swap("", self.op, False, f"nothing holds the model itself: use prepare_{self.op}")]
-        swaps: list[Swap] = []
-        made: dict[nn.Module, PreparedModule] = {}  # one layer under two names stays one layer
-        for parent, name, where, child in children(model):
-            if isinstance(child, PreparedModule):
-                swaps += bind_again(self, where, child)
-            elif type(child) is self.layer:  # a subclass means something by being one
-                swaps.append(self._swap_one(parent, where, name, child, made))
-        return swaps
+        """Let every layer of this kind serve that the table makes faster."""
+        found = places(model)
+        swaps: dict[nn.Module, Swap] = {}  # one layer under two names stays one layer
+        for path, module in found:
+            if isinstance(module, PreparedModule) and module not in swaps:
+                swaps |= bind_again(self, path, module)
+            elif type(module) is self.layer:
+                swaps[module] = self._swap_one(path, module, None)
+            elif module not in swaps and self.knows_any and (like := norm_like(module, self.op)) is not None:
+                swaps[module] = self._swap_one(path, module, like)
+        return [replace(swaps[module], path=path) for path, module in found if module in swaps]
 
-    def _swap_one(
-        self, parent: nn.Module, where: str, name: str, norm: nn.Module, made: dict[nn.Module, PreparedModule]
-    ) -> Swap:
-        note = self._note(norm)
+    def restore(self, model: nn.Module) -> list[Swap]:
+        """Make plain again what ``swap`` and ``prepare`` let serve in ``model``, in place."""
+        return restore_layers(self, places(model))
+
+    @property
+    def like(self) -> type[LikeNorm]:
+        """What ``swap`` makes of a norm of another class that computes the same."""
+        raise NotImplementedError
+
+    def _prepared_like(self, norm: nn.Module, like: Lookalike) -> PreparedModule:
+        argument = next(iter(signature(norm.forward).parameters))
+        return prepare(norm, self.like, self, {"_argument": argument, "_eps_name": like.eps_name})
+
+    def _swap_one(self, path: str, norm: nn.Module, like: Lookalike | None) -> Swap:
+        note = self._note(norm) if like is None else self._like_note(norm, like)
         if note is not None:
-            return Swap(where, self.op, False, note)
-        layer = made.get(norm)
-        if layer is None:
-            weight = norm._parameters["weight"]
-            assert weight is not None  # ``_note`` saw it
-            n = weight.shape[0]
-            question = self.question("prepared", weight.dtype, n, weight)
-            if self.plan(question).find is None:
-                return Swap(where, self.op, False, f"n={n} {weight.dtype} is not in the table")
-            if not self.changes_anything(question):
-                note = f"n={n}: the framework's own kernel is the choice everywhere"
-                return Swap(where, self.op, False, note)
-            layer = self.prepared(norm)
-            if not layer.gains:
-                return Swap(where, self.op, False, f"n={n}: the chosen kernels could not be bound")
-            made[norm] = layer
-        replace(parent, name, norm, layer)
-        return Swap(where, self.op, True, layer.describe())
+            return Swap(path, self.op, False, note)
+        weight = norm._parameters["weight"]
+        assert weight is not None  # ``_note`` saw it
+        n = weight.shape[0]
+        question = self.question("prepared", weight.dtype, n, weight)
+        if self.plan(question).find is None:
+            return Swap(path, self.op, False, f"n={n} {weight.dtype} is not in the table")
+        if like is None and not self.changes_anything(question):
+            return Swap(path, self.op, False, f"n={n}: the framework's own kernel is the choice everywhere")
+        layer = self.prepared(norm) if like is None else self._prepared_like(norm, like)
+        if not layer.gains:
+            layer.restore()
+            return Swap(path, self.op, False, f"n={n}: the chosen kernels could not be bound")
+        name = "" if like is None else f"{layer.plain_class.__name__} "
+        return Swap(path, self.op, True, f"{name}{layer.describe()}")
+
+    def _like_note(self, norm: nn.Module, like: Lookalike) -> str | None:
+        weight, *bias = (norm._parameters.get(name) for name in self.parameters)
+        note = like.note or disguise_note(norm, self.like)
+        if note is None:
+            assert weight is not None  # its form was looked at
+            note = parameter_note(self.device, weight, *bias)
+        return note
 
     def _note(self, norm: nn.Module) -> str | None:
         """Why a layer must stay as it is, or None."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from dks.dispatch.ambient import (
     transform_objection,
     wants_gradient,
 )
+from dks.dispatch.disguise import Disguised, disguise, serves
 from dks.dispatch.generation import Generation
 from dks.dispatch.kernel import Launch
 from dks.dispatch.problem import MAX_ALIGNMENT, Candidate, alignment
@@ -27,24 +27,15 @@ from dks.dispatch.watch import Watch
 
 _M = TypeVar("_M", bound="PreparedModule")
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_ALL_HOOKS = tuple(getattr(modules, f"_global{name}") for name in _HOOKS)
-_CALLS = frozenset({*_HOOKS, "forward", "_compiled_call_impl"})
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_ALL_HOOKS = tuple(getattr(modules, f"_global{name}") for name in HOOKS)
+_CALLS = frozenset({*HOOKS, "forward", "_compiled_call_impl"})
 """Attributes of a module that decide what calling it does."""
 
 
-_OWN = frozenset(
-    {
-        "_bindings", "_device", "_dtype", "_fast", "_held", "_layer", "_row_bits", "_server", "_statics",
-        "_unbound", "_watch",
-    }
-)  # fmt: skip
-"""Attributes of a prepared layer that neither copy nor travel."""
-
-
-def _as_modules_do(layer: nn.Module, *given: torch.Tensor) -> Any:
+def as_modules_do(layer: nn.Module, *given: Any, **named: Any) -> Any:
     """The Python form of a call: hooks, then ``forward``. Looked up late, since tracers patch it."""
-    return nn.Module.__call__(layer, *given)
+    return nn.Module.__call__(layer, *given, **named)
 
 
 def _captured() -> bool:
@@ -80,8 +71,8 @@ class Binding:
         return dispatch.failed(rule, error, layer.framework, *given)
 
 
-class PreparedModule(nn.Module):
-    """A layer with its constant arguments bound to the table's kernels.
+class PreparedModule(Disguised):
+    """A layer with its constant arguments bound to the table's kernels, in its own place: see ``disguise``.
 
     ``weight`` and ``bias`` stay ordinary parameters: they are saved, moved and trained as before. When they
     change, ``refresh`` binds them again; moving the module or loading a state dict does that by itself. Any other
@@ -91,20 +82,21 @@ class PreparedModule(nn.Module):
     A call goes through the compiled fast path where the process has one; whatever is out of the ordinary goes
     on to ``forward``, with the hooks that modules have.
 
-    Packed weights neither copy nor travel: a deep copy binds its own, and a pickle holds the framework's own
-    layer, which ``optimize`` swaps again after loading. So does a script; torch.jit.script leaves that layer
-    in the model as well.
+    Packed weights neither copy nor travel: a deep copy, a pickle and a script hold the framework's own layer,
+    which ``optimize`` lets serve again.
     """
 
-    features: int  # size of the last dim of what comes in
     inputs: tuple[int, ...] = (1,)  # how many tensors a call may bring: x, or x and a residual
+    own = frozenset(
+        {
+            "_bindings", "_device", "_dtype", "_fast", "_features", "_held", "_layer", "_row_bits", "_server",
+            "_statics", "_unbound", "_watch",
+        }
+    )  # fmt: skip
+    settings: frozenset[str] = frozenset()  # attributes of the plain layer that its kernels were bound to as well
 
-    def __init__(self, server: Server, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.register_parameter("weight", _as_parameter(weight))
-        self.register_parameter("bias", _as_parameter(bias))
-        self._server = server
-        self.refresh()
+    _server: Server
+    _features: int  # size of the last dim of what comes in
 
     def question(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Question | None:
         """What to ask a table for, for calls without a residual; None where there are none."""
@@ -140,8 +132,8 @@ class PreparedModule(nn.Module):
         """The framework's own operator on this layer; takes a residual as well where ``inputs`` allows."""
         raise NotImplementedError
 
-    def plain(self) -> nn.Module:
-        """The framework's own layer with the same parameters, buffers, hooks and attributes."""
+    def label(self) -> str:
+        """What the layer is, in a few words: its sizes, and what else kernels were bound to."""
         raise NotImplementedError
 
     def refresh(self) -> None:
@@ -149,7 +141,7 @@ class PreparedModule(nn.Module):
         runtime = self._server.runtime
         with runtime.lock:  # no generation is swapped in that this layer would miss
             weight, bias = self._tensors()
-            self._fast: Callable[..., Any] = _as_modules_do
+            self._fast: Callable[..., Any] = as_modules_do
             self._bindings: dict[int, Binding] = {}
             self._layer: Any = None
             self._watch: Watch | None = None
@@ -157,6 +149,7 @@ class PreparedModule(nn.Module):
             if self._unbound is not None or weight is None:
                 return
             watch = Watch(weight, bias)  # before binding: a write that comes between is then noticed
+            self._features = weight.shape[-1]
             self._dtype, self._row_bits = weight.dtype, self.row_bytes() | MAX_ALIGNMENT
             self._device = weight.device.type
             if not all(_lies_well(t) for t in (weight, bias) if t is not None):
@@ -166,15 +159,18 @@ class PreparedModule(nn.Module):
             self._held = held
             self._statics = self.constants(*held)
             if native.module is not None and runtime.serial is not None and not watch.debugs:
-                hooks = (*(self.__dict__[name] for name in _HOOKS), *_ALL_HOOKS)
-                self._layer = native.module.Layer(runtime.serial, self._parameters, hooks, _as_modules_do)
+                self._layer = native.module.Layer(runtime.serial, self._parameters, self._hooks(), as_modules_do)
             self._watch = watch  # after all else that ``hold`` needs: a thread that is lost in a fork may end here
             for generation in runtime.held:
                 self.hold(generation)
-            if self._layer is not None and not self._called_otherwise():
+            if self._layer is not None and not self.called_otherwise:
                 self._fast = self._quick()
             runtime.layers.add(self)
         traced.remember(self, weight, bias)
+
+    def _hooks(self) -> tuple[Any, ...]:
+        """The dicts of all hooks that a call may have to run."""
+        return (*hooks_of(self), *_ALL_HOOKS)
 
     def hold(self, generation: Generation) -> None:
         """Bind the parameters to a generation's kernels, whether it serves yet or not; not to one for another kind
@@ -199,7 +195,7 @@ class PreparedModule(nn.Module):
         self._bindings = {**self._bindings, generation.serial: binding}
         if self._layer is not None and all(dispatch.native is not None for dispatch in binding.dispatches):
             self._layer.hold(generation.serial, self._compiled(binding, self._watch.native, weight))
-        if self._fast is not _as_modules_do:
+        if self._fast is not as_modules_do:
             self._fast = self._quick()
 
     def _quick(self) -> Callable[..., Any]:
@@ -207,7 +203,7 @@ class PreparedModule(nn.Module):
         call: Callable[..., Any] = self._layer.call
         if all(binding.graph is None for binding in self._bindings.values()):
             return call
-        return lambda layer, *given: _as_modules_do(layer, *given) if _captured() else call(layer, *given)
+        return lambda layer, *given: as_modules_do(layer, *given) if _captured() else call(layer, *given)
 
     def release(self, generation: Generation) -> None:
         """Forget what was bound to a generation."""
@@ -248,7 +244,7 @@ class PreparedModule(nn.Module):
             *plans,
             native.CODES[self._dtype],
             native.place(weight),
-            self.features,
+            self._features,
             weight.shape[0],
             self._row_bits,
             self.function,
@@ -295,15 +291,20 @@ class PreparedModule(nn.Module):
     def __call__(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """See ``forward``."""
         if is_compiling():
-            return _as_modules_do(self, input) if residual is None else _as_modules_do(self, input, residual)
+            return as_modules_do(self, input) if residual is None else as_modules_do(self, input, residual)
         return self._fast(self, input) if residual is None else self._fast(self, input, residual)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        settings = self.settings  # before, since it may get another class
         super().__setattr__(name, value)
         if name in _CALLS:  # somebody changes what a call does: no short cut past that
-            self.__dict__["_fast"] = _as_modules_do
+            self.__dict__["_fast"] = as_modules_do
+        elif name in settings:
+            self.refresh()
 
-    def _called_otherwise(self) -> bool:
+    @property
+    def called_otherwise(self) -> bool:
+        """Whether a call does something else than hooks and ``forward``."""
         return "forward" in self.__dict__ or self._compiled_call_impl is not None
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -313,13 +314,15 @@ class PreparedModule(nn.Module):
             TypeError: a residual for a layer that adds none, or none for one that does.
         """
         given: tuple[torch.Tensor, ...] = (input,) if residual is None else (input, residual)
+        if not serves(self):
+            return type(self).forward(self, *given)
         if len(given) not in self.inputs:
             raise TypeError(self._wrong_arguments())
+        if is_compiling() or torch.compiler.is_exporting():
+            return self._in_graph(given)
         binding = self.binding
-        if is_compiling():
-            reason: str | None = "compiling"
-        elif binding is None:
-            reason = self._why_unbound()
+        if binding is None:
+            reason: str | None = self._why_unbound()
         else:
             if binding.graph is not None and _captured():
                 binding = binding.graph
@@ -328,15 +331,20 @@ class PreparedModule(nn.Module):
                 bits = input.data_ptr() | self._row_bits
                 if residual is not None:
                     bits |= residual.data_ptr()
-                rows = (input.numel() // self.features,)
+                rows = (input.numel() // self._features,)
                 dispatch = binding.dispatch if residual is None else binding.fused
                 assert dispatch is not None
                 return dispatch.serve(self.framework, bits & -bits, rows, *given)
-        if binding is not None and traced.wanted(str(reason)):
-            y: torch.Tensor | None = self.traced(*given)
-            if y is not None:
-                return y
-        self._server.runtime.counters.add(self._server.op, str(reason))
+        self._server.count(str(reason))
+        return self.framework(*given)
+
+    def _in_graph(self, given: tuple[torch.Tensor, ...]) -> Any:
+        """The call as a graph is to hold it. Reads nothing that a reload or ``refresh`` changes: ``torch.compile``
+        would guard it, and compile again."""
+        y = self.traced(*given)
+        if y is not None:
+            return y
+        self._server.count("compiling")
         return self.framework(*given)
 
     def _why_unbound(self) -> str:
@@ -355,7 +363,7 @@ class PreparedModule(nn.Module):
         if grad_enabled() and wants_gradient(x, weight, bias):
             return "gradient"
         shape = x.shape
-        if not shape or shape[-1] != self.features:
+        if not shape or shape[-1] != self._features:
             return "shape"
         if not x.is_contiguous():
             return "strides"
@@ -367,7 +375,7 @@ class PreparedModule(nn.Module):
 
     def _why_overwritten(self, name: str) -> str:
         return (
-            f"{self._server.runtime.name}: {self._server.op} {self.extra_repr()}: found other bytes in {name} than "
+            f"{self._server.runtime.name}: {self._server.op} {self.label()}: found other bytes in {name} than "
             "were bound, written where no version counter sees it (through .data, by numpy, by another process); "
             "expected layer.refresh() after such a write"
         )
@@ -390,7 +398,7 @@ class PreparedModule(nn.Module):
             return f"the framework's own kernel ({self._why_unbound()})"
         dispatch = binding.dispatches[0]
         packed = dispatch.plan.form_bytes() / 2**20
-        return f"{self.extra_repr()}: {', '.join(sorted(dispatch.kernels))} ({packed:.1f} MiB packed)"
+        return f"{self.label()}: {', '.join(sorted(dispatch.kernels))} ({packed:.1f} MiB packed)"
 
     def _apply(self: _M, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _M:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -405,26 +413,38 @@ class PreparedModule(nn.Module):
         if self.stale:
             self.refresh()
 
-    def __deepcopy__(self: _M, memo: dict[int, Any]) -> _M:
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        own = {k: v for k, v in self.__dict__.items() if k not in _OWN}
-        new.__dict__.update(copy.deepcopy(own, memo))
-        new._server = self._server
-        new.refresh()
-        return new
+    def restore(self) -> None:
+        runtime = self._server.runtime
+        with runtime.lock:  # no generation is bound to what does not serve
+            runtime.layers.discard(self)
+            super().restore()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Later protocols insist on the class of what is pickled, which here is another.
-        return self.plain().__reduce_ex__(min(protocol, 1))
+    def extra_repr(self) -> str:
+        plain = super().extra_repr()
+        return f"{plain}{', ' if plain else ''}served by {self._server.runtime.name}"
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return self.plain()
 
-    def _attributes(self) -> dict[str, Any]:
-        own = {*_OWN, "features", "inputs"}
-        kept = {k: v for k, v in self.__dict__.items() if k not in own}
-        return {k: v.copy() if isinstance(v, dict) else v for k, v in kept.items()}
+_P = TypeVar("_P", bound=PreparedModule)
+
+
+def prepare(module: nn.Module, kind: type[_P], server: Server, attributes: Mapping[str, Any]) -> _P:
+    """Let ``module`` serve as a ``kind``, bound to its parameters, in place.
+
+    Args:
+        attributes: what ``kind.own`` names beside what every prepared layer has.
+    """
+    layer = disguise(module, kind, {"_server": server, **attributes})
+    try:
+        layer.refresh()
+    except BaseException:
+        layer.restore()
+        raise
+    return layer
+
+
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """The dicts of hooks that calls of ``module`` run."""
+    return tuple(module.__dict__[name] for name in HOOKS)
 
 
 def parameter_note(device: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str | None:
@@ -454,7 +474,8 @@ def parameter_objection(weight: torch.Tensor | None, bias: torch.Tensor | None =
     return "shape" if bias is not None and bias.shape != weight.shape[:1] else None
 
 
-def _as_parameter(t: torch.Tensor | None) -> nn.Parameter | None:
+def as_parameter(t: torch.Tensor | None) -> nn.Parameter | None:
+    """``t``, as the parameter of a layer that is made of it."""
     return t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=t.requires_grad)
 
 

@@ -43,6 +43,7 @@ REASONS: Mapping[str, str] = {
     "dropout": "attention with dropout",
     "special": "attention that a model asks for with a cache, a position bias, a cap or uneven heads",
     "unbound": "a prepared layer that is not bound to the generation that serves",
+    "unpaired": "a linear that was fused with its activation was called by itself, or one of the two changed",
     "unwatched": "a prepared layer's parameter is an inference tensor on a GPU: nothing can notice a write to it",
     "weight_changed": "a prepared layer's weight or bias is another one than was bound, or was written to since",
 }

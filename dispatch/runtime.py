@@ -22,6 +22,7 @@ import torch
 
 from dks.dispatch import forks, misses, native, pool, ranks, traced
 from dks.dispatch.choice import Choice
+from dks.dispatch.disguise import Disguised
 from dks.dispatch.errors import BadInput
 from dks.dispatch.explain import Known, explain
 from dks.dispatch.generation import Generation
@@ -38,7 +39,7 @@ MISS_NAMES = tuple(miss.name.lower() for miss in Miss)
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """One thing that ``optimize`` did, or left, and why."""
+    """One thing that ``optimize`` or ``restore`` did, or left, and why."""
 
     path: str
     op: str
@@ -48,23 +49,25 @@ class Swap:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``optimize`` did to a model. Prints a line for each kind of swap; ``swaps`` names every module."""
+    """What ``optimize`` or ``restore`` did to a model. Prints a line for each kind of swap; ``swaps`` names every
+    module."""
 
     swaps: tuple[Swap, ...]
+    state: str = "dispatch"
 
     @property
     def swapped(self) -> int:
-        """How many modules now dispatch."""
+        """How many modules were changed."""
         return sum(swap.done for swap in self.swaps)
 
     def __str__(self) -> str:
         alike: dict[tuple[bool, str, str], list[str]] = {}
         for swap in self.swaps:
             alike.setdefault((swap.done, swap.op, swap.note), []).append(swap.path)
-        lines = [f"{self.swapped} of {len(self.swaps)} modules dispatch"]
+        lines = [f"{self.swapped} of {len(self.swaps)} modules {self.state}"]
         for (done, op, note), paths in alike.items():
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            lines.append(f"  {'+' if done else '-'} {paths[0]}{more}  {op}: {note}")
+            lines.append(f"  {'+' if done else '-'} {paths[0] or '(the model)'}{more}  {op}: {note}")
         return "\n".join(lines)
 
 
@@ -237,10 +240,10 @@ class Runtime:
             self.switched_off[candidate.id] += 1
 
     def optimize(self, model: torch.nn.Module) -> Report:
-        """Swap the modules of ``model`` that the table can make faster, in place.
+        """Let the modules of ``model`` serve that the table can make faster, in place; ``restore`` undoes it.
 
         A module is left alone where the table holds nothing for its shape, or only the framework's own
-        kernel. Parameters stay the model's own: ``state_dict`` keeps its keys.
+        kernel. Modules stay the same objects, with their parameters, hooks and attributes.
         """
         refused = self.generation.refused
         if refused is not None:
@@ -249,7 +252,29 @@ class Runtime:
         swaps: list[Swap] = []
         for server in self._servers.values():
             swaps += server.swap(model)
-        return Report(tuple(swaps))
+        return Report((*swaps, *self._passed_over(model, {swap.path for swap in swaps})))
+
+    def _passed_over(self, model: torch.nn.Module, named: set[str]) -> list[Swap]:
+        """A line for each module that the table has an operator for and no server named."""
+        servers = [server for server in self._servers.values() if server.knows_any]
+        swaps: list[Swap] = []
+        for path, module in model.named_modules(remove_duplicate=False):
+            if path in named or isinstance(module, Disguised):
+                continue
+            notes = ((server.op, server.passed_over(module)) for server in servers)
+            swaps += [Swap(path, op, False, note) for op, note in notes if note is not None][:1]
+        return swaps
+
+    def restore(self, model: torch.nn.Module) -> Report:
+        """Undo ``optimize``: make the modules of ``model`` plain again that serve by this table, in place.
+
+        They stay the same objects with the same parameters. A module that has no plain form, as ``prepare_linear``
+        makes with an epilogue, is left as it is, with a note.
+        """
+        swaps: list[Swap] = []
+        for server in self._servers.values():
+            swaps += server.restore(model)
+        return Report(tuple(swaps), "are plain again")
 
     def explain(self, op: str, /, *, align: int = MAX_ALIGNMENT, **asked: int | str) -> Choice:
         """What a call would run, and why.

@@ -187,6 +187,20 @@ class Server:
         """Swap what this operator can serve in ``model``, in place; returns what it did and left."""
         raise NotImplementedError
 
+    def passed_over(self, module: nn.Module) -> str | None:  # noqa: ARG002
+        """Why a module that computes what this operator does was neither swapped nor named by ``swap``; None of any
+        other."""
+        return None
+
+    @property
+    def knows_any(self) -> bool:
+        """Whether the table has anything for this operator."""
+        return any(group.op == self.op for group in self.runtime.generation.table.groups)
+
+    def restore(self, model: nn.Module) -> list[Swap]:  # noqa: ARG002
+        """Undo what ``swap`` did to ``model``, in place; returns what it did and left."""
+        return []
+
     def count(self, outcome: str) -> None:
         """Count one call that never reached the table."""
         self.runtime.counters.add(self.op, outcome)

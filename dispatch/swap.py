@@ -1,4 +1,4 @@
-"""Walking a model and putting prepared layers in the place of the framework's."""
+"""Walking a model to let its layers serve, and to make them plain again."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from dks.dispatch.runtime import Swap
 from dks.dispatch.served import Server
 
 
-def children(model: nn.Module) -> list[tuple[nn.Module, str, str, nn.Module]]:
-    """(parent, name, dotted path, child) of every child in ``model``; a shared one comes once a name."""
-    return [
-        (parent, name, join(path, name), child)
+def places(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(dotted path, module) of ``model``, whose path is empty, and of all in it; a shared one comes once a name."""
+    below = [
+        (join(path, name), child)
         for path, parent in model.named_modules()
         for name, child in parent._modules.items()
         if child is not None
     ]
+    return [("", model), *below]
 
 
 def join(path: str, name: str) -> str:
@@ -27,11 +28,11 @@ def join(path: str, name: str) -> str:
 
 
 def attachment_note(module: nn.Module) -> str | None:
-    """What a user put on ``module`` that a swap would drop, or None."""
+    """What a user put on ``module`` that leaves no short cut past it, or None."""
     if any(held for name, held in module.__dict__.items() if name.endswith("_hooks")):
-        return "has hooks, which a swap would drop"
+        return "has hooks, which every call must run"
     if "forward" in module.__dict__:
-        return "has a forward of its own, which a swap would drop"
+        return "has a forward of its own"
     return None if module._compiled_call_impl is None else "is compiled"
 
 
@@ -42,16 +43,24 @@ def swap_note(module: nn.Module, parameters: Sequence[str] = ("weight", "bias"))
     return attachment_note(module) or (held if extra else None)
 
 
-def replace(parent: nn.Module, name: str, old: nn.Module, new: PreparedModule) -> None:
-    """Put ``new`` where ``old`` is, with what else ``old`` carries: its mode and a user's attributes."""
-    for key, value in old.__dict__.items():
-        new.__dict__.setdefault(key, value)
-    setattr(parent, name, new.train(old.training))
-
-
-def bind_again(server: Server, path: str, layer: PreparedModule) -> list[Swap]:
+def bind_again(server: Server, path: str, layer: PreparedModule) -> dict[nn.Module, Swap]:
     """Bind ``layer`` to its parameters as they are now, if it is this server's and they changed."""
     if layer.server is not server or not layer.stale:
-        return []
+        return {}
     layer.refresh()
-    return [Swap(path, server.op, layer.bound, f"bound again: {layer.describe()}")]
+    return {layer: Swap(path, server.op, layer.bound, f"bound again: {layer.describe()}")}
+
+
+def restore_layers(server: Server, found: Sequence[tuple[str, nn.Module]]) -> list[Swap]:
+    """Make the layers plain again that serve by ``server``, in place."""
+    held = [(path, m) for path, m in found if isinstance(m, PreparedModule) and m.server is server]
+    for _, module in held:
+        if isinstance(module, PreparedModule):  # it may have two names
+            module.restore()
+    return [_restored(server, path, module) for path, module in held]
+
+
+def _restored(server: Server, path: str, module: nn.Module) -> Swap:
+    if isinstance(module, PreparedModule):
+        return Swap(path, server.op, False, f"{module.label()}: no layer of the framework's computes this")
+    return Swap(path, server.op, True, f"{type(module).__name__} again")

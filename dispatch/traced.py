@@ -2,6 +2,7 @@
 
 A graph holds the operator and the name of the table that is to serve it, and asks that table each time it runs.
 In a process where no package of that name was imported the framework's own operator serves, with a warning.
+An exported program holds it as well, until ``run_decompositions`` leaves PyTorch's own operators alone.
 How to add operators: https://docs.pytorch.org/docs/stable/library.html
 """
 
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from dks.dispatch.ambient import is_compiling, is_differentiating, transform_objection, wants_gradient
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from dks.dispatch.runtime import Runtime
 
 NAMESPACE = "dks"
+OVERLOAD = "import_dks_dispatch_graphs"
+"""Name of every operator's only overload. Whoever loads an exported program without DKS gets an error of PyTorch's
+that says nothing else of ours than this name: it is what to import."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
 
@@ -62,7 +67,7 @@ def layer_for(
         setting: what else the layer was made with: the epilogue of a linear, the epsilon of a norm.
     """
     layer = _layers.get(_layer_key(table, op, weight, bias, setting))
-    if layer is None:
+    if layer is None or not getattr(layer, "bound", False):  # a restored one is as plain as any
         return None
     held = layer._parameters.get("weight"), layer._parameters.get("bias")
     # It may have been given other parameters since; what it watches itself is what they hold.
@@ -140,7 +145,8 @@ def define(
         fake: (arguments without the table) -> empty tensors of the output's shape, dtype and strides.
         tidy: an output -> the same in the strides that ``fake`` promises.
     """
-    name = schema.partition("(")[0]
+    name, _, rest = schema.partition("(")
+    full = f"{name}.{OVERLOAD}"
 
     def real(*args: Any) -> Any:
         runtime = _runtimes.get(args[-1])
@@ -159,13 +165,26 @@ def define(
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, real, "CompositeExplicitAutograd")
-    _library.impl(name, with_autograd, "Autograd")
-    _library.impl(name, lambda *args: framework(*args[:-1]), "FuncTorchBatched")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(*args[:-1]), lib=_library)
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    def functionalized(mode: FunctionalTensorMode, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if not _decomposes(mode):
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return tidy(framework(*args[:-1]))
+
+    _library.define(f"{full}({rest}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(full, real, "CompositeExplicitAutograd")
+    _library.impl(full, with_autograd, "Autograd")
+    _library.impl(full, lambda *args: framework(*args[:-1]), "FuncTorchBatched")
+    qualified = f"{NAMESPACE}::{full}"
+    torch.library.register_fake(qualified, lambda *args: fake(*args[:-1]), lib=_library)
+    torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, functionalized, lib=_library)
+    overload = getattr(getattr(getattr(torch.ops, NAMESPACE), name), OVERLOAD)
     return overload
+
+
+def _decomposes(mode: FunctionalTensorMode) -> bool:
+    """Whether it is ``run_decompositions`` of a program that traces; ``export`` itself traces before dispatch."""
+    return torch.compiler.is_exporting() and not mode.pre_dispatch
 
 
 def _warn_missing(table: str) -> None:

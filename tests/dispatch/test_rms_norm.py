@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -224,13 +222,6 @@ def test_state_travels_as_nn_rms_norm_does(server: Any) -> None:
     assert torch.allclose(twin(x(8)), layer(input=x(8)), atol=1e-5)
     layer.load_state_dict({"weight": torch.ones(N)})
     assert torch.allclose(layer(x(8)), F.rms_norm(x(8), (N,)), atol=1e-5)
-    copied = copy.deepcopy(layer)
-    assert isinstance(copied, PreparedRMSNorm) and torch.equal(copied(x(8), r(8))[0], layer(x(8), r(8))[0])
-    loaded = pickle.loads(pickle.dumps(server.prepare(weight(), 0.25)))
-    assert type(loaded) is nn.RMSNorm and repr(loaded) == "RMSNorm((12,), eps=0.25, elementwise_affine=True)"
-    assert torch.allclose(loaded(x(8)), F.rms_norm(x(8), (N,), weight(), 0.25))
-    again = nn.Sequential(loaded)
-    assert server.runtime.optimize(again).swapped == 1, "what was pickled can be swapped again"
 
 
 class Own(nn.RMSNorm):
@@ -267,4 +258,5 @@ def test_optimize(server: Any) -> None:
         tiny = x(8) * 1e-4  # eps was None
         assert torch.allclose(model["shared"][0](tiny), F.rms_norm(tiny, (N,), shared.weight), atol=1e-5)
     assert server.runtime.optimize(model).swapped == 0, "a second time changes nothing"
-    assert "prepare_rms_norm" in str(server.runtime.optimize(nn.RMSNorm(N)))
+    alone = nn.RMSNorm(N)
+    assert server.runtime.optimize(alone).swapped == 1 and isinstance(alone, PreparedRMSNorm)

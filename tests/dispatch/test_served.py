@@ -82,7 +82,7 @@ class Pair(nn.Module):
 def test_a_sequential_pair_is_fused(runtime: Any) -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.GELU()), nn.Linear(16, 8))
     report = check(runtime, model, 2)
-    assert "gelu" in str(report) and isinstance(model[0][1], nn.Identity)
+    assert "gelu" in str(report) and type(model[0][1]) is nn.GELU
     assert model[0][0].epilogue == "gelu" and hits(runtime) == 2
 
 
@@ -272,8 +272,7 @@ def test_one_layer_in_a_pair_and_alone(runtime: Any) -> None:
     shared = nn.Linear(8, 8)
     model = nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared)
     check(runtime, model, 2)
-    assert model[0][0].epilogue == "relu" and model[1].epilogue == "none"
-    assert model[0][0].weight is model[1].weight
+    assert model[0][0] is model[1] and model[1].epilogue == "none" and hits(runtime) == 2
 
 
 def test_one_parameter_in_two_layers(runtime: Any) -> None:
@@ -362,11 +361,15 @@ def test_what_is_left_alone_says_why(runtime: Any) -> None:
     assert "more than a weight" in notes["buffered"] and "more than a weight" in notes["more"]
     assert "not in the table" in notes["unknown"] and "not in the table" in notes["halved"]
     assert notes["wide"] == "dtype" and notes["meta"] == "device" and notes["empty"] == "zero_sized"
-    assert {"own", "normed", "lazy"}.isdisjoint(notes)
+    assert all(
+        "is a subclass, and means something by being one" in notes[name] for name in ("own", "normed", "lazy")
+    )
 
 
-def test_the_model_itself_cannot_be_swapped_and_says_so(runtime: Any) -> None:
-    assert "use prepare_linear" in str(runtime.optimize(nn.Linear(8, 8)))
+def test_the_model_itself_is_swapped(runtime: Any) -> None:
+    check(runtime, nn.Linear(8, 8), 1)
+    check(runtime, Pair(), 1)
+    assert hits(runtime) == 2
 
 
 def test_what_a_user_put_on_a_layer_stays(runtime: Any) -> None:

@@ -396,8 +396,7 @@ def test_a_graph_run_where_autograd_records_gives_gradients(runtime: Runtime) ->
 
 ELSEWHERE = """
 import sys, warnings, torch
-from dks.dispatch import pool
-pool.operators()
+import dks.dispatch.graphs
 program = torch.export.load(sys.argv[1]).module()
 x, wanted = torch.load(sys.argv[2])
 with warnings.catch_warnings(record=True) as caught:
@@ -434,9 +433,66 @@ def test_exported_programs_ask_the_table_wherever_they_run(runtime: Runtime, tmp
     (tmp_path / "program.pt2").write_bytes(kept.getvalue())
     torch.save((tokens(5), model(tokens(5))), tmp_path / "given.pt")
     (tmp_path / "table.txt").write_text(repr(runtime.generation.table))
-    files = [str(tmp_path / name) for name in ("program.pt2", "given.pt", "table.txt")]
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *files], check=False, capture_output=True, text=True, timeout=120
-    )
+    done = elsewhere(ELSEWHERE, *(tmp_path / name for name in ("program.pt2", "given.pt", "table.txt")))
     assert done.returncode == 0, done.stderr
     assert eval(done.stdout.splitlines()[-1]) == CALLS
+
+
+ALONE = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+x, wanted = torch.load(sys.argv[2])
+assert torch.allclose(program(x), wanted, atol=1e-5)
+assert not [name for name in sys.modules if name.partition(".")[0] == "dks"]
+"""
+
+
+@pytest.mark.parametrize("table", ["default", "empty"])
+def test_a_decomposed_program_needs_pytorch_alone(runtime: Runtime, tmp_path: Path, table: str) -> None:
+    model = Block(runtime)
+    dynamic = ({0: torch.export.Dim("b", min=2, max=64)},)
+    program = torch.export.export(model, (tokens(3),), dynamic_shapes=dynamic)
+    plain = program.run_decompositions(None if table == "default" else {})
+    assert operators(program.graph_module) >= OPERATORS, "the program itself asks the table as before"
+    assert not any("dks" in str(target) for target in operators(plain.graph_module))
+    for b in (2, 31):
+        assert torch.allclose(plain.module()(tokens(b)), model(tokens(b)), atol=1e-5)
+    if table == "default":
+        torch.export.save(plain, tmp_path / "program.pt2")
+        torch.save((tokens(5), model(tokens(5))), tmp_path / "given.pt")
+        done = elsewhere(ALONE, tmp_path / "program.pt2", tmp_path / "given.pt")
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("sample", [name for name in SAMPLES if name not in ("no such table", "linear gradient")])
+def test_every_operator_decomposes(runtime: Runtime, sample: str) -> None:
+    op, args = SAMPLES[sample]
+
+    class Call(nn.Module):
+        def forward(self, *tensors: torch.Tensor) -> Any:
+            left = iter(tensors)
+            return op(*(next(left) if isinstance(a, torch.Tensor) else a for a in args))
+
+    tensors = tuple(a for a in args if isinstance(a, torch.Tensor))
+    plain = torch.export.export(Call(), tensors).run_decompositions()
+    assert not any("dks" in str(target) for target in operators(plain.graph_module))
+    found, wanted = plain.module()(*tensors), op(*args)
+    for f, w in zip(*((y if isinstance(y, tuple) else (y,)) for y in (found, wanted)), strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-4, atol=1e-5)
+        assert f.stride() == w.stride() or not f.numel()
+
+
+def test_loading_without_dks_says_what_to_import(runtime: Runtime, tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(Block(runtime), (tokens(3),)), tmp_path / "program.pt2")
+    done = elsewhere("import sys, torch; torch.export.load(sys.argv[1])", tmp_path / "program.pt2")
+    assert done.returncode == 1 and "import_dks_dispatch_graphs" in done.stderr
+    done = elsewhere(
+        "import sys, torch, dks.dispatch.graphs; torch.export.load(sys.argv[1])", tmp_path / "program.pt2"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def elsewhere(script: str, *files: Path) -> subprocess.CompletedProcess[str]:
+    """A script run in a process of its own."""
+    command = [sys.executable, "-c", script, *map(str, files)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)

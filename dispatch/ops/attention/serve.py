@@ -102,6 +102,12 @@ class AttentionServer(Server):
                 swaps += self._swap_model(path or type(module).__name__, module, config)
         return swaps
 
+    def passed_over(self, module: nn.Module) -> str | None:
+        kind = type(module).__name__
+        if not kind.endswith("Attention") or any(hasattr(m, "config") for m in module.modules()):
+            return None  # transformers' go by their model
+        return f"{kind} takes no attention by name: {self.runtime.name}.attention serves where it is called"
+
     def _swap_model(self, path: str, model: Any, config: Any) -> list[Swap]:
         found = getattr(config, "_attn_implementation", None)
         name = f"dks_{self.runtime.name}"

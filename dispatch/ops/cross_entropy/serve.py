@@ -74,6 +74,12 @@ class CrossEntropyServer(Server):
         """Nothing: a table serves the calls that ask it by name."""
         return []
 
+    def passed_over(self, module: nn.Module) -> str | None:
+        kind = type(module).__name__
+        if "CrossEntropy" not in kind:
+            return None
+        return f"{kind} holds nothing to prepare: {self.runtime.name}.cross_entropy serves where it is called"
+
 
 def _objection(device: str, logits: Any, targets: Any, ignore_index: object) -> str | None:
     if (reason := tensors_objection(device, logits)) is not None:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling
-from dks.dispatch.norms import NormServer, rows_objection, rows_traced
+from dks.dispatch.norms import LikeNorm, NormServer, rows_objection, rows_traced
 from dks.dispatch.ops.layer_norm.traced import LAYER_NORM
-from dks.dispatch.prepared import PreparedModule
+from dks.dispatch.prepared import PreparedModule, as_parameter, prepare
 from dks.dispatch.problem import alignment
 from dks.dispatch.served import DTYPE_NAMES, Question
 from dks.dispatch.traced import wanted
@@ -75,54 +75,65 @@ class LayerNormServer(NormServer):
         if weight.dim() != 1 or weight.shape != bias.shape:
             found = f"weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
             raise ValueError(f"prepare_layer_norm: found {found}, expected (n,) and (n,)")
-        return PreparedLayerNorm(self, weight, bias, eps)
+        norm = nn.LayerNorm.__new__(nn.LayerNorm)
+        nn.Module.__init__(norm)
+        norm.__dict__.update(normalized_shape=tuple(weight.shape), eps=eps, elementwise_affine=True)
+        norm.register_parameter("weight", as_parameter(weight))
+        norm.register_parameter("bias", as_parameter(bias))
+        return self.prepared(norm)
 
     def prepared(self, norm: nn.Module) -> PreparedLayerNorm:
-        """The layer that dispatches in the place of an ``nn.LayerNorm``."""
-        assert isinstance(norm, nn.LayerNorm)
-        return PreparedLayerNorm(self, norm.weight, norm.bias, norm.eps)
+        """Let an ``nn.LayerNorm`` serve, in place."""
+        return prepare(norm, PreparedLayerNorm, self, {})
+
+    @property
+    def like(self) -> type[LikeNorm]:
+        return LikeLayerNorm
 
 
 class PreparedLayerNorm(PreparedModule):
-    """layer(x (..., n)) -> (..., n). Made by ``prepare_layer_norm``; see ``PreparedModule``."""
+    """layer(x (..., n)) -> (..., n): an ``nn.LayerNorm`` that serves; see ``PreparedModule``."""
 
     weight: nn.Parameter
     bias: nn.Parameter
     eps: float
+    normalized_shape: tuple[int, ...]
+    settings = frozenset({"eps", "normalized_shape"})
     _server: LayerNormServer
 
-    def __init__(self, server: LayerNormServer, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
-        self.__dict__["eps"] = eps  # before the base binds, which needs it
-        self.__dict__["features"] = weight.shape[0]
-        super().__init__(server, weight, bias)
-
     def question(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Question:
-        return self._server.question("prepared", weight.dtype, self.features, weight)
+        return self._server.question("prepared", weight.dtype, weight.shape[0], weight)
 
     def constants(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[object, ...]:
-        return (weight, bias, self.eps)
+        return (weight, bias, self._epsilon)
 
     def row_bytes(self) -> int:
-        return self.features * self.weight.element_size()
+        return self.weight.shape[0] * self.weight.element_size()
+
+    @property
+    def _epsilon(self) -> float:
+        return self.eps
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.normalized_shape
 
     @property
     def setting(self) -> float:
-        return self.eps
+        return self._epsilon
 
     def traced(self, x: torch.Tensor, _residual: torch.Tensor | None = None) -> Any:
-        if not rows_traced(x, (self.features,), self.weight, self.bias):
+        if not rows_traced(x, self._shape, self.weight, self.bias):
             return None
         table = self._server.runtime.name
-        return LAYER_NORM(x, (self.features,), self.weight, self.bias, self.eps, True, table)
+        return LAYER_NORM(x, self._shape, self.weight, self.bias, self._epsilon, True, table)
 
     def framework(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, (self.features,), self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self._shape, self.weight, self.bias, self._epsilon)
 
-    def plain(self) -> nn.LayerNorm:
-        layer = nn.LayerNorm.__new__(nn.LayerNorm)
-        own = {"normalized_shape": (self.features,), "elementwise_affine": True}
-        layer.__dict__.update(self._attributes() | own)
-        return layer
+    def label(self) -> str:
+        return f"n={self.weight.shape[0]} eps={self._epsilon}"
 
-    def extra_repr(self) -> str:
-        return f"n={self.features} eps={self.eps}"
+
+class LikeLayerNorm(LikeNorm, PreparedLayerNorm):
+    """layer(x (..., n)) -> (..., n): a norm of another class that serves; see ``LikeNorm``."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from dks.dispatch.disguise import disguise_note
 from dks.dispatch.ops.linear.epilogue import ACTIVATIONS
+from dks.dispatch.ops.linear.layers import Pair
 from dks.dispatch.prepared import parameter_note
 from dks.dispatch.swap import attachment_note, swap_note
 
@@ -20,20 +22,29 @@ def linear_note(linear: nn.Linear, device: str) -> str | None:
     return note or ("shape" if linear.weight.dim() != 2 else None)
 
 
-def linear_then_activation(parent: nn.Module, device: str = "cpu") -> tuple[str, nn.Linear, str, str] | None:
-    """(linear's name, linear, activation's name, epilogue) of a module that is one after the other, or None.
+class LinearAndActivation(NamedTuple):
+    """What a module was found to be; ``name``: the linear's, among its children."""
+
+    name: str
+    linear: nn.Linear
+    activation: nn.Module
+    epilogue: str
+
+
+def linear_then_activation(parent: nn.Module, device: str = "cpu") -> LinearAndActivation | None:
+    """What a module calls that is no more than one after the other, or None.
 
     Found by behaviour, not by name: the activation must equal one of ACTIVATIONS on a grid of values, and
     the module must call what the two call in turn, and return the same, in training and in evaluation. What
     that can't show is ruled out by form: the module has nothing else that could matter, now or later.
     """
     held = list(parent._modules.items())
-    if len(held) != 2 or not _only_forwards(parent):
+    if len(held) != 2 or not _only_forwards(parent) or disguise_note(parent, Pair) is not None:
         return None
-    (name, linear), (act_name, activation) = held
+    (name, linear), (_, activation) = held
     if type(linear) is not nn.Linear or linear_note(linear, device) is not None:
         return None
-    if activation is None or attachment_note(activation) is not None or _holds_tensors(activation):
+    if activation is None or attachment_note(activation) is not None or _holds_anything(activation):
         return None
     modes = [(module, module.training) for module in parent.modules()]
     try:
@@ -46,7 +57,7 @@ def linear_then_activation(parent: nn.Module, device: str = "cpu") -> tuple[str,
     finally:
         for module, training in modes:
             module.training = training
-    return (name, linear, act_name, epilogue) if epilogue is not None and is_pair else None
+    return LinearAndActivation(name, linear, activation, epilogue) if epilogue is not None and is_pair else None
 
 
 def _only_forwards(parent: nn.Module) -> bool:
@@ -65,8 +76,9 @@ def _only_forwards(parent: nn.Module) -> bool:
     return len(inspect.signature(parent.forward).parameters) == 1
 
 
-def _holds_tensors(module: nn.Module) -> bool:
-    return bool([*module.parameters(), *module.buffers()])
+def _holds_anything(module: nn.Module) -> bool:
+    """Whether it has state or children, which may change later."""
+    return bool(module._parameters or module._buffers or module._modules)
 
 
 def _epilogue_of(activation: nn.Module) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +18,15 @@ from dks.dispatch.generation import Generation
 from dks.dispatch.kernel import DTYPES
 from dks.dispatch.modes import EAGER
 from dks.dispatch.ops.linear.epilogue import ACTIVATIONS, EPILOGUES, finish
-from dks.dispatch.ops.linear.pair import linear_note, linear_then_activation
+from dks.dispatch.ops.linear.layers import Pair, PreparedLinear, fuse, made_linear, unpair
+from dks.dispatch.ops.linear.others import other_linear
+from dks.dispatch.ops.linear.pair import LinearAndActivation, linear_note, linear_then_activation
 from dks.dispatch.ops.linear.traced import LINEAR, fits
-from dks.dispatch.prepared import PreparedModule
+from dks.dispatch.prepared import prepare
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import DTYPE_NAMES, Dispatch, Question, Server, residual_objection, tensors_objection
-from dks.dispatch.swap import bind_again, children, join, replace
+from dks.dispatch.swap import bind_again, join, places, restore_layers
 from dks.dispatch.traced import wanted
 
 
@@ -140,131 +144,65 @@ class LinearServer(Server):
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             found = f"weight {tuple(weight.shape)}, bias {None if bias is None else tuple(bias.shape)}"
             raise ValueError(f"prepare_linear: found {found}, expected (n, k) and (n,)")
-        return PreparedLinear(self, weight, bias, epilogue)
+        return made_linear(self, weight, bias, epilogue)
 
     def swap(self, model: nn.Module) -> list[Swap]:
-        """Swap every ``nn.Linear`` the table makes faster; an activation right behind it is fused."""
-        if type(model) is nn.Linear:
-            return [Swap("", self.op, False, "nothing holds the model itself: use prepare_linear")]
-        swaps: list[Swap] = []
-        for path, parent in list(model.named_modules()):
-            swaps += self._swap_pair(path, parent)
-        made: dict[nn.Module, PreparedLinear] = {}  # one layer under two names stays one layer
-        for parent, name, where, child in children(model):
-            if isinstance(child, PreparedLinear):
-                swaps += bind_again(self, where, child)
+        """Let every ``nn.Linear`` serve that the table makes faster; an activation right behind it is fused."""
+        found = places(model)
+        counts = Counter(id(module) for _, module in found)
+        swaps: dict[nn.Module, Swap] = {}  # one layer under two names stays one layer
+        for path, module in found:
+            if isinstance(module, Pair) and not module.intact and module.server is self:
+                unpair(module)
+            pair = linear_then_activation(module, self.device)
+            if pair is not None and counts[id(pair.linear)] == 1:
+                swap = self._swap_pair(join(path, pair.name), module, pair)
+                if swap is not None:
+                    swaps[pair.linear] = swap
+        for path, module in found:
+            if isinstance(module, PreparedLinear) and module not in swaps:
+                swaps |= bind_again(self, path, module)
             # Any other subclass means something by being one.
-            elif type(child) is nn.Linear or type(child) is ActivatedLinear:
-                swaps.append(self._swap_one(parent, where, name, child, made))
-        return swaps
+            elif type(module) is nn.Linear:
+                swaps[module] = self._swap_one(path, module)
+        return [replace(swaps[module], path=path) for path, module in found if module in swaps]
 
-    def _swap_pair(self, path: str, parent: nn.Module) -> list[Swap]:
-        found = linear_then_activation(parent, self.device)
-        if found is None:
-            return []
-        name, linear, activation, epilogue = found
-        if not self.changes_anything(self.question("prepared", linear.weight, linear.bias, epilogue)):
-            return []
-        layer = PreparedLinear(self, linear.weight, linear.bias, epilogue)
-        if not layer.gains:
-            return []
-        replace(parent, name, linear, layer)
-        setattr(parent, activation, nn.Identity())
-        return [Swap(join(path, name), self.op, True, layer.describe())]
+    def passed_over(self, module: nn.Module) -> str | None:
+        return other_linear(module)
 
-    def _swap_one(
-        self,
-        parent: nn.Module,
-        where: str,
-        name: str,
-        linear: nn.Linear,
-        made: dict[nn.Module, PreparedLinear],
-    ) -> Swap:
+    def restore(self, model: nn.Module) -> list[Swap]:
+        """Make plain again what ``swap`` and ``prepare`` let serve in ``model``, in place."""
+        found = places(model)
+        for _, module in found:
+            if isinstance(module, Pair) and module.server is self:
+                module.restore()
+        return restore_layers(self, found)
+
+    def _swap_pair(self, path: str, parent: nn.Module, pair: LinearAndActivation) -> Swap | None:
+        linear = pair.linear
+        if not self.changes_anything(self.question("prepared", linear.weight, linear.bias, pair.epilogue)):
+            return None
+        made = fuse(self, parent, linear, pair.activation, pair.epilogue)
+        if made.linear.gains:
+            return Swap(path, self.op, True, made.linear.describe())
+        unpair(made)
+        return None
+
+    def _swap_one(self, path: str, linear: nn.Linear) -> Swap:
         note = linear_note(linear, self.device)
         if note is not None:
-            return Swap(where, self.op, False, note)
-        layer = made.get(linear)
-        if layer is None:
-            epilogue = linear.epilogue if isinstance(linear, ActivatedLinear) else "none"
-            question = self.question("prepared", linear.weight, linear.bias, epilogue)
-            shape = f"n={linear.weight.shape[0]} k={linear.weight.shape[1]} {linear.weight.dtype}"
-            if self.plan(question).find is None:
-                return Swap(where, self.op, False, f"{shape} is not in the table")
-            if not self.changes_anything(question):
-                note = f"{shape}: the framework's own kernel is the choice everywhere"
-                return Swap(where, self.op, False, note)
-            layer = PreparedLinear(self, linear.weight, linear.bias, epilogue)
-            if not layer.gains:
-                return Swap(where, self.op, False, f"{shape}: the chosen kernels could not be bound")
-            made[linear] = layer
-        replace(parent, name, linear, layer)
-        return Swap(where, self.op, True, layer.describe())
-
-
-class PreparedLinear(PreparedModule):
-    """layer(x (..., k)[, residual (..., n)]) -> (..., n). Made by ``prepare_linear``; see ``PreparedModule``."""
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    epilogue: str
-    _server: LinearServer
-
-    def __init__(
-        self, server: LinearServer, weight: torch.Tensor, bias: torch.Tensor | None, epilogue: str
-    ) -> None:
-        self.__dict__["epilogue"] = epilogue  # before the base binds, which needs it
-        self.__dict__["features"] = weight.shape[1]
-        self.__dict__["inputs"] = (2,) if epilogue == "add" else (1,)
-        super().__init__(server, weight, bias)
-
-    def question(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Question | None:
-        return None if self.epilogue == "add" else self._server.question("prepared", weight, bias, self.epilogue)
-
-    def fused_question(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Question | None:
-        return self._server.question("prepared", weight, bias, "add") if self.epilogue == "add" else None
-
-    @property
-    def function(self) -> Callable[..., torch.Tensor] | None:
-        return F.linear if self.epilogue == "none" else None
-
-    def row_bytes(self) -> int:
-        n, k = self.weight.shape
-        return (n | k) * self.weight.element_size()
-
-    @property
-    def setting(self) -> str:
-        return self.epilogue
-
-    def traced(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        if not fits(x, self.weight, self.bias, residual):
-            return None
-        epilogue = "none" if self.epilogue == "add" else self.epilogue
-        return LINEAR(x, self.weight, self.bias, epilogue, residual, True, self._server.runtime.name)
-
-    def framework(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        return y if self.epilogue == "none" else finish(y, self.epilogue, residual)
-
-    def plain(self) -> nn.Linear:
-        kind = nn.Linear if self.epilogue == "none" else ActivatedLinear
-        layer = kind.__new__(kind)
-        n, k = self.weight.shape
-        layer.__dict__.update(self._attributes() | {"in_features": k, "out_features": n})
-        return layer
-
-    def extra_repr(self) -> str:
-        fused = "" if self.epilogue == "none" else f" {self.epilogue}"
-        return f"n={self.weight.shape[0]} k={self.features}{fused}"
-
-
-class ActivatedLinear(nn.Linear):
-    """A linear and its epilogue, as the framework computes them: what a fused layer is once it is pickled."""
-
-    epilogue: str
-
-    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """input (..., k), and with the epilogue ``add`` a residual (..., n) -> (..., n)."""
-        return finish(super().forward(input), self.epilogue, residual)
+            return Swap(path, self.op, False, note)
+        question = self.question("prepared", linear.weight, linear.bias, "none")
+        shape = f"n={linear.weight.shape[0]} k={linear.weight.shape[1]} {linear.weight.dtype}"
+        if self.plan(question).find is None:
+            return Swap(path, self.op, False, f"{shape} is not in the table")
+        if not self.changes_anything(question):
+            return Swap(path, self.op, False, f"{shape}: the framework's own kernel is the choice everywhere")
+        layer = prepare(linear, PreparedLinear, self, {})
+        if not layer.gains:
+            layer.restore()
+            return Swap(path, self.op, False, f"{shape}: the chosen kernels could not be bound")
+        return Swap(path, self.op, True, layer.describe())
 
 
 def _check_epilogue(epilogue: str, allowed: Collection[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dks.dispatch.ops.linear.epilogue import finish
+from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.traced import define, layer_for, takes
 
 
@@ -39,7 +40,7 @@ def _serve(server: Any, *arguments: Any) -> Any:
         setting = epilogue if residual is None else "add"
         layer = layer_for(table, server.op, weight, bias, setting)
         if layer is not None:
-            return layer.forward(x, residual)
+            return PreparedModule.forward(layer, x, residual)  # also of a pair's linear, whose own is the plain one
     return server.call(x, weight, bias, epilogue, residual)
 
 

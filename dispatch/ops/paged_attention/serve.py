@@ -62,7 +62,8 @@ class PagedAttentionServer(Server):
         if q.numel() == 0:
             self.count("zero_sized")
             return q.clone()
-        reason = _objection(self.device, q, k_cache, v_cache, block_table, lengths)
+        given = (q, k_cache, v_cache, block_table, lengths)
+        reason = "compiling" if is_compiling() else _objection(self.device, *given)
         traces = reason is not None and wanted(reason) and takes(q, k_cache, v_cache)
         if traces and lie_beside(q, block_table, lengths):
             y: torch.Tensor = PAGED_ATTENTION(q, k_cache, v_cache, block_table, lengths, scale, self.runtime.name)
@@ -150,8 +151,6 @@ def _objection(
     device: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *ints: torch.Tensor
 ) -> str | None:
     """Why the framework must serve these tensors, or None."""
-    if is_compiling():
-        return "compiling"
     if (reason := tensors_objection(device, q, k_cache, v_cache)) is not None:
         return reason
     for t in ints:

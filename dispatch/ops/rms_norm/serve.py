@@ -10,9 +10,9 @@ from torch import nn
 
 from dks.dispatch.ambient import is_compiling
 from dks.dispatch.kernel import Output
-from dks.dispatch.norms import NormServer, rows_objection, rows_traced
+from dks.dispatch.norms import LikeNorm, NormServer, rows_objection, rows_traced
 from dks.dispatch.ops.rms_norm.traced import ADD_RMS_NORM, RMS_NORM, add_and_normalize, normalize
-from dks.dispatch.prepared import PreparedModule
+from dks.dispatch.prepared import PreparedModule, as_parameter, prepare
 from dks.dispatch.problem import alignment
 from dks.dispatch.served import DTYPE_NAMES, Question, residual_objection
 from dks.dispatch.traced import takes, wanted
@@ -81,61 +81,70 @@ class RMSNormServer(NormServer):
         """
         if weight.dim() != 1:
             raise ValueError(f"prepare_rms_norm: found weight {tuple(weight.shape)}, expected (n,)")
-        return PreparedRMSNorm(self, weight, eps)
+        norm = nn.RMSNorm.__new__(nn.RMSNorm)
+        nn.Module.__init__(norm)
+        norm.__dict__.update(normalized_shape=tuple(weight.shape), eps=eps, elementwise_affine=True)
+        norm.register_parameter("weight", as_parameter(weight))
+        return self.prepared(norm)
 
     def prepared(self, norm: nn.Module) -> PreparedRMSNorm:
-        """The layer that dispatches in the place of an ``nn.RMSNorm``."""
-        assert isinstance(norm, nn.RMSNorm)
-        return PreparedRMSNorm(self, norm.weight, norm.eps)
+        """Let an ``nn.RMSNorm`` serve, in place."""
+        return prepare(norm, PreparedRMSNorm, self, {})
+
+    @property
+    def like(self) -> type[LikeNorm]:
+        return LikeRMSNorm
 
 
 class PreparedRMSNorm(PreparedModule):
-    """layer(x (..., n)) -> y (..., n), layer(x, residual) -> (y, h). Made by ``prepare_rms_norm``; see
+    """layer(x (..., n)) -> y (..., n), layer(x, residual) -> (y, h): an ``nn.RMSNorm`` that serves; see
     ``PreparedModule``."""
 
     weight: nn.Parameter
     eps: float | None
     inputs = (1, 2)
+    normalized_shape: tuple[int, ...]
+    settings = frozenset({"eps", "normalized_shape"})
     _server: RMSNormServer
 
-    def __init__(self, server: RMSNormServer, weight: torch.Tensor, eps: float | None) -> None:
-        self.__dict__["eps"] = eps  # before the base binds, which needs it
-        self.__dict__["features"] = weight.shape[0]
-        super().__init__(server, weight, None)
+    @property
+    def _epsilon(self) -> float | None:
+        return self.eps
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.normalized_shape
 
     @property
     def setting(self) -> float | None:
-        return self.eps
+        return self._epsilon
 
     def traced(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        if not _traceable(x, (self.features,), self.weight, residual):
+        if not _traceable(x, self._shape, self.weight, residual):
             return None
-        return _traced(x, (self.features,), self.weight, self.eps, residual, True, self._server.runtime.name)
+        return _traced(x, self._shape, self.weight, self._epsilon, residual, True, self._server.runtime.name)
 
     def question(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Question:
-        return self._server.question("prepared", weight.dtype, self.features, weight)
+        return self._server.question("prepared", weight.dtype, weight.shape[0], weight)
 
     def fused_question(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> Question:
-        return self._server.question("prepared", weight.dtype, self.features, weight, fused=True)
+        return self._server.question("prepared", weight.dtype, weight.shape[0], weight, fused=True)
 
     def constants(self, weight: torch.Tensor, _bias: torch.Tensor | None) -> tuple[object, ...]:
-        return (weight, self.eps)
+        return (weight, self._epsilon)
 
     def row_bytes(self) -> int:
-        return self.features * self.weight.element_size()
+        return self.weight.shape[0] * self.weight.element_size()
 
     def framework(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Output:
-        return _framework(x, (self.features,), self.weight, self.eps, residual)
+        return _framework(x, self._shape, self.weight, self._epsilon, residual)
 
-    def plain(self) -> nn.RMSNorm:
-        layer = nn.RMSNorm.__new__(nn.RMSNorm)
-        own = {"normalized_shape": (self.features,), "elementwise_affine": True}
-        layer.__dict__.update(self._attributes() | own)
-        del layer._parameters["bias"]
-        return layer
+    def label(self) -> str:
+        return f"n={self.weight.shape[0]} eps={self._epsilon}"
 
-    def extra_repr(self) -> str:
-        return f"n={self.features} eps={self.eps}"
+
+class LikeRMSNorm(LikeNorm, PreparedRMSNorm):  # type: ignore[misc] # it takes fewer arguments
+    """layer(x (..., n)) -> y (..., n): a norm of another class that serves, as Llama's; see ``LikeNorm``."""
 
 
 def _traceable(x: Any, normalized_shape: Any, weight: torch.Tensor | None, residual: torch.Tensor | None) -> bool:

@@ -49,7 +49,7 @@ class RotaryServer(Server):
         """
         if not _fit(q, k, cos, sin, positions):
             raise _misfit(q, k, cos, sin, positions)
-        reason = _objection(self.device, q, k, cos, sin, positions)
+        reason = "compiling" if is_compiling() else _objection(self.device, q, k, cos, sin, positions)
         if reason is not None:
             if wanted(reason) and takes(q, k) and takes(cos, sin) and lie_beside(q, cos, positions):
                 both: Pair = ROTARY(q, k, cos, sin, positions, self.runtime.name)
@@ -79,6 +79,12 @@ class RotaryServer(Server):
     def swap(self, _model: nn.Module) -> list[Swap]:
         """Nothing: torch has no module of it, and those of transformers come with a model's own conventions."""
         return []
+
+    def passed_over(self, module: nn.Module) -> str | None:
+        kind = type(module).__name__
+        if any(module.children()) or not any(name in kind for name in ("Rotary", "RoPE", "Rope")):
+            return None
+        return f"{kind} keeps to its model's conventions: {self.runtime.name}.rotary serves where it is called"
 
 
 def _fit(*args: Any) -> bool:
@@ -122,8 +128,6 @@ def _objection(
     device: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> str | None:
     """Why the framework must serve these tensors, or None."""
-    if is_compiling():
-        return "compiling"
     if (reason := tensors_objection(device, q, k)) is not None:
         return reason
     dtype = q.dtype if cos.dtype is q.dtype else torch.float32

@@ -58,6 +58,23 @@ class SiluAndMulServer(Server):
         """Nothing: torch has no module of it."""
         return []
 
+    def passed_over(self, module: nn.Module) -> str | None:
+        kind, held = type(module).__name__, {*module._modules}
+        activations = [module._modules.get(name) or getattr(module, name, None) for name in _ACTIVATIONS]
+        is_silu = any("silu" in _name_of(activation).lower() for activation in activations)
+        if "SwiGLU" not in kind and not (is_silu and any(names <= held for names in _GATED)):
+            return None
+        return f"{kind} multiplies by its gate itself: {self.runtime.name}.silu_and_mul serves where it is called"
+
+
+_ACTIVATIONS = ("act_fn", "act", "activation", "activation_fn", "silu")
+_GATED = ({"gate_proj", "up_proj"}, {"gate_up_proj"}, {"w1", "w3"}, {"w12"}, {"wi_0", "wi_1"}, {"gate", "up"})
+"""What gated MLPs call their activation, and the linears in front of it."""
+
+
+def _name_of(activation: object) -> str:
+    return getattr(activation, "__name__", type(activation).__name__)
+
 
 def _objection(device: str, x: Any) -> str | None:
     if (reason := tensors_objection(device, x)) is not None:

@@ -50,6 +50,12 @@ class SoftmaxServer(Server):
         """Nothing: a table serves the calls that ask it by name."""
         return []
 
+    def passed_over(self, module: nn.Module) -> str | None:
+        kind = type(module).__name__
+        if not kind.endswith("Softmax") or kind.endswith("LogSoftmax") or any(module.children()):
+            return None
+        return f"{kind} holds nothing to prepare: {self.runtime.name}.softmax serves where it is called"
+
 
 def _objection(device: str, x: torch.Tensor, dim: object) -> str | None:
     if (reason := tensors_objection(device, x)) is not None:
