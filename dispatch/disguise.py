@@ -15,8 +15,8 @@ from torch import nn
 
 _D = TypeVar("_D", bound="Disguised")
 
-_TAKEN = ("__call__", "__copy__", "__deepcopy__")
-"""What a class may define that a module serving in its place would take from it, or break."""
+_TAKEN = ("__call__", "__copy__", "__deepcopy__", "__init_subclass__", "__slots__")
+"""What a class may define that a class made of it would take from it, or break."""
 
 
 class Disguised(nn.Module):
@@ -40,10 +40,11 @@ class Disguised(nn.Module):
             return cls.plain_class.__new__(cls.plain_class)
 
     def restore(self) -> None:
-        """Become the plain module again, in place."""
-        for name in self.own:
-            self.__dict__.pop(name, None)
+        """Become the plain module again, in place. Not while it is called."""
+        own = self.own
         object.__setattr__(self, "__class__", self.plain_class)
+        for name in own:
+            self.__dict__.pop(name, None)
 
     def plain(self) -> nn.Module:
         """Another module, with the same parameters, children, hooks and attributes, that does not serve."""
@@ -75,8 +76,8 @@ class Disguised(nn.Module):
 
 
 def serves(module: nn.Module) -> bool:
-    """Whether a method of ours may go on with ``module``: tools keep ``module.forward``, and call it when the module
-    was restored or copied since."""
+    """Whether a method of ours may go on with ``module``: tools keep ``module.forward``, and call it when the
+    module was restored or copied since."""
     return isinstance(module, Disguised)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from dks.dispatch.disguise import disguise_note
 from dks.dispatch.prepared import PreparedModule
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import Server
@@ -36,11 +37,16 @@ def attachment_note(module: nn.Module) -> str | None:
     return None if module._compiled_call_impl is None else "is compiled"
 
 
-def swap_note(module: nn.Module, parameters: Sequence[str] = ("weight", "bias")) -> str | None:
-    """Why a layer must stay as it is: what a user attached, or state beyond ``parameters``; or None."""
+def swap_note(
+    module: nn.Module,
+    parameters: Sequence[str] = ("weight", "bias"),
+    kind: type[PreparedModule] = PreparedModule,
+) -> str | None:
+    """Why a layer must stay as it is, or None: what a user attached, state beyond ``parameters``, or a name that
+    a ``kind`` needs."""
     extra = module._modules or module._buffers or set(module._parameters) != set(parameters)
     held = "holds more than a " + " and a ".join(parameters)
-    return attachment_note(module) or (held if extra else None)
+    return attachment_note(module) or (held if extra else disguise_note(module, kind))
 
 
 def bind_again(server: Server, path: str, layer: PreparedModule) -> dict[nn.Module, Swap]:

@@ -390,7 +390,7 @@ def test_averaged_and_sharded_by_class(runtime: Any) -> None:
     assert torch.allclose(ours(x()), plain(x()), atol=1e-5)
 
 
-def test_a_class_of_ones_own_that_serving_would_disturb_is_left(runtime: Any) -> None:
+def test_names_that_serving_needs_are_left_to_who_has_them(runtime: Any) -> None:
     class Counted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -404,3 +404,8 @@ def test_a_class_of_ones_own_that_serving_would_disturb_is_left(runtime: Any) ->
     runtime.optimize(model)
     assert type(model[0]) is Counted and model[0]._parts == ["mine"]
     assert isinstance(model[0].dense, PreparedLinear) and model[0].dense.epilogue == "none"
+    for name in ("epilogue", "_server", "refresh"):
+        layer = nn.Linear(8, 8)
+        setattr(layer, name, "mine")
+        assert f"has {name}, a name that serving needs" in str(runtime.optimize(layer))
+        assert type(layer) is nn.Linear and getattr(layer, name) == "mine"
