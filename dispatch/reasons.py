@@ -41,8 +41,8 @@ REASONS: Mapping[str, str] = {
     "dim": "a softmax over another dim than the last",
     "mask": "an attention mask of a kind that no kernel takes",
     "dropout": "attention with dropout",
-    "argument": "attention that a model asks for with more than q, k, v, a mask and a scale, such as a window or sinks",
-    "special": "attention that a model asks for with uneven heads, or with more keys than causal queries",
+    "argument": "a model's attention with more than q, k, v, a mask and a scale, such as a window or sinks",
+    "special": "a model's attention with uneven heads, or with more keys than causal queries",
     "unbound": "a prepared layer that is not bound to the generation that serves",
     "weight_changed": "a prepared layer's weight or bias is another one than was bound",
 }

@@ -1,4 +1,4 @@
-"""Tiny models of every architecture of transformers: its default config, each number shrunk by what its name says."""
+"""Tiny models of every architecture of transformers: its default config, each number shrunk by its name."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ ARCHITECTURES = sorted(
     + [("seq2seq", name) for name in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES]
 )
 
+SPREADS = ("initializer_range", "init_std")  # of weights: as small as they come, any attention is nearly uniform
 SIZES: tuple[tuple[str, float], ...] = (
     (r"^pad_(token_id|index)", 0),
     (r"^bos_(token_id|index)|decoder_start_token_id", 1),
@@ -41,7 +42,7 @@ SIZES: tuple[tuple[str, float], ...] = (
     (r"hidden|d_model|embd|embed|^dim$|width|d_inner|d_latents", 32),
     (r"image_size", 16),
     (r"patch_size", 8),
-    (r"initializer_range|init_std", 0.2),  # or attention would be nearly uniform, whatever is wrong with it
+    ("|".join(SPREADS), 0.2),
 )
 """What a number becomes, by the first pattern that its name matches; any other is cut to 32."""
 
@@ -59,7 +60,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 
 def tiny(kind: str, name: str) -> nn.Module:
-    """A model with random weights in float32. Raises whatever its library does, and ValueError if it is not tiny."""
+    """A model with random weights in float32. Raises what its library does, and ValueError if it is not tiny."""
     numbers = shrunk(AutoConfig.for_model(name).to_dict()) | EXCEPTIONS.get(name, {})
     config = AutoConfig.for_model(name, **numbers)
     with torch.device("meta"):
@@ -100,9 +101,8 @@ def shrunk(numbers: dict[str, Any]) -> dict[str, Any]:
 
 def shrunk_number(name: str, value: Any, beside: dict[str, Any]) -> Any:
     """One value of a config; what is no size stays."""
-    if type(value) is float and not name.startswith("init"):
-        return value
-    if type(value) not in (int, float) or (-3 < value < 3 and type(value) is int and not name.endswith("_id")):
+    is_size = type(value) is int and (abs(value) > 2 or name.endswith("_id"))
+    if not is_size and name not in SPREADS:
         return value
     heads = next((beside[key] for key in ("num_attention_heads", "n_heads", "n_head") if key in beside), None)
     if re.search("(key_value|kv)_heads", name) and value == heads:

@@ -1,16 +1,15 @@
 """Attention inside models of transformers: which modules ask the table, and which of their calls it serves.
 
 A model finds its attention by a name in its config, and that name decides more: how masks are made, what else is
-passed. So the name stays ``sdpa``. What is registered under it asks the table for marked modules; every other call,
-and all that is not plain attention of q, k, v, a mask and a scale, is transformers' own function, with the arguments
-as they came.
+passed. So the name stays ``sdpa``. What is registered under it asks the table for marked modules. Every other call,
+and all that is not plain attention of q, k, v, a mask and a scale, goes to transformers' own function, with the
+arguments as they came.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "sdpa"
 MARK = "_dks_attention"
+SERVED = "its plain calls ask the table"
 
 PARAMETERS = {
     "module": inspect.Parameter.empty, "query": inspect.Parameter.empty, "key": inspect.Parameter.empty,
@@ -31,8 +31,14 @@ PARAMETERS = {
 }  # fmt: skip
 """What transformers' function must begin with, and the defaults, for the table to know what a call means."""
 
-BOOKKEEPING = frozenset({"position_ids", "position_embeddings", "cache_position", "use_cache"})
-"""Arguments that say nothing which mask, keys and queries don't hold already: ``sdpa`` reads none of them."""
+BOOKKEEPING = frozenset({
+    "position_ids", "cache_position", "use_cache", "logits_to_keep", "output_router_logits", "output_hidden_states",
+})  # fmt: skip
+"""Arguments of a whole model that it hands down to every attention: where its tokens stand, which keys, queries and
+mask hold already, and what else it keeps and returns. ``sdpa`` reads none of them."""
+
+OFF = frozenset({"output_attentions", "deterministic"})
+"""Arguments that ask for nothing when they are False."""
 
 
 class Mark:
@@ -50,20 +56,18 @@ class Mark:
 
 def swap(server: AttentionServer, model: nn.Module) -> list[Swap]:
     """Let every attention of transformers in ``model`` ask the server's table; what is left alone says why."""
+    kinds = {kind for kind in {type(module) for module in model.modules()} if _asks_registry(kind)}
+    attentions = [(path, module) for path, module in model.named_modules() if type(module) in kinds]
     swaps: list[Swap] = []
-    refusal: str | None = None
-    for path, module in model.named_modules():
-        if not _asks_registry(type(module)):
-            continue
+    for path, module in attentions:
         mark = module.__dict__.get(MARK)
         if mark is not None and mark.server is server:
             continue
-        note = _note(server, module, mark) or (refusal := refusal or _register())
+        note = _note(server, module, mark) or _register()
         if note is None:
             module.__dict__[MARK] = Mark(server)
-        where = path or type(module).__name__
-        swaps.append(Swap(where, server.op, note is None, note or "its plain calls ask the table"))
-    return swaps or list(_without_registry(server, model))
+        swaps.append(Swap(path or type(module).__name__, server.op, note is None, note or SERVED))
+    return swaps + _without_registry(server, model, [path for path, _ in attentions])
 
 
 def restore(server: AttentionServer, model: nn.Module) -> list[str]:
@@ -78,27 +82,28 @@ def restore(server: AttentionServer, model: nn.Module) -> list[str]:
     return [path for path, _ in marked]
 
 
-@lru_cache(maxsize=4096)
 def _asks_registry(kind: type) -> bool:
     """Whether a method of ``kind`` looks an attention up by its config's name."""
     own = (base for base in kind.__mro__ if base.__module__ != "transformers.modeling_utils")
-    methods = (inspect.unwrap(method) for base in own for method in vars(base).values() if inspect.isfunction(method))
+    methods = (
+        inspect.unwrap(method) for base in own for method in vars(base).values() if inspect.isfunction(method)
+    )
     return any("ALL_ATTENTION_FUNCTIONS" in method.__code__.co_names for method in methods)
 
 
-def _without_registry(server: AttentionServer, model: nn.Module) -> Iterator[Swap]:
-    """A line for each model of transformers in which no module asks the registry, unless it has no heads at all."""
-    above = ""
+def _without_registry(server: AttentionServer, model: nn.Module, attentions: list[str]) -> list[Swap]:
+    """A line for each model of transformers that has heads and holds none of ``attentions``: the outermost."""
+    note = "the model does not take its attention from the registry"
+    left: list[Swap] = []
+    seen: list[str] = []
     for path, module in model.named_modules():
-        if above and path.startswith(above):
+        config, inside = getattr(module, "config", None), f"{path}." if path else ""
+        if not hasattr(module, "set_attn_implementation") or any(path.startswith(outer) for outer in seen):
             continue
-        config = getattr(module, "config", None)
-        if hasattr(module, "set_attn_implementation") and getattr(config, "num_attention_heads", None):
-            above = f"{path}." if path else "."
-            note = "the model does not take its attention from the registry"
-            yield Swap(path or type(module).__name__, server.op, False, note)
-            if not path:
-                return
+        if getattr(config, "num_attention_heads", 0) and not any(at.startswith(inside) for at in attentions):
+            left.append(Swap(path or type(module).__name__, server.op, False, note))
+            seen.append(inside)
+    return left
 
 
 def _note(server: AttentionServer, module: nn.Module, mark: Mark | None) -> str | None:
@@ -131,9 +136,11 @@ def _heads(module: nn.Module, config: Any) -> list[int]:
 
 def _register() -> str | None:
     """Put ``attend`` in the place of transformers' function, once a process; why it can't be, or None."""
-    from transformers import AttentionInterface
-
-    original = AttentionInterface()[NAME]
+    try:
+        from transformers import AttentionInterface
+    except ImportError:
+        return "this transformers has no registry of attention"
+    original = AttentionInterface()[NAME]  # type: ignore[no-untyped-call]
     if original.__module__ == __name__:
         return None
     if (note := _unknown(original)) is None:
@@ -149,15 +156,16 @@ def _unknown(original: Callable[..., Any]) -> str | None:
     found = {name: parameter.default for name, parameter in inspect.signature(original).parameters.items()}
     first = dict(list(found.items())[: len(PARAMETERS)])
     if list(first.items()) != list(PARAMETERS.items()):
-        return f"transformers' {NAME} takes {', '.join(first)}, expected {', '.join(PARAMETERS)}, by the usual defaults"
+        expected = ", ".join(PARAMETERS)
+        return f"transformers' {NAME} takes {', '.join(first)}, expected {expected} with the usual defaults"
     return None
 
 
 def _attend_or(original: Callable[..., Any]) -> Callable[..., Any]:
     """What serves under ``NAME`` from now on, ``original`` wherever no table does."""
     # What a later transformers reads is no bookkeeping.
-    read = {*original.__code__.co_consts, *original.__code__.co_varnames}
-    bookkeeping = BOOKKEEPING - read
+    code = inspect.unwrap(original).__code__
+    bookkeeping = BOOKKEEPING - {*code.co_consts, *code.co_varnames}
 
     def attend(  # noqa: PLR0913, PLR0917 - transformers' signature
         module: nn.Module,
@@ -172,9 +180,7 @@ def _attend_or(original: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         def framework(*_: Any) -> Any:
-            return original(
-                module, query, key, value, attention_mask, dropout, scaling, is_causal, *more, **others
-            )
+            return original(module, query, key, value, attention_mask, dropout, scaling, is_causal, *more, **others)
 
         mark = getattr(module, MARK, None)
         if mark is None:
@@ -184,9 +190,8 @@ def _attend_or(original: Callable[..., Any]) -> Callable[..., Any]:
             return framework()
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         groups = getattr(module, "num_key_value_groups", 1)
-        y = mark.server.call_of_model(
-            framework, query, key, value, attention_mask, dropout, scaling, causal, groups
-        )
+        given = (query, key, value, attention_mask, dropout, scaling)
+        y = mark.server.call_of_model(framework, *given, causal, groups)
         return y if isinstance(y, tuple) else (y.transpose(1, 2).contiguous(), None)
 
     return attend
@@ -197,7 +202,7 @@ def _understood(others: Mapping[str, Any], bookkeeping: frozenset[str], keys: to
     for name, value in others.items():
         if value is None or name in bookkeeping:
             continue
-        if name == "output_attentions" and value is False:
+        if name in OFF and value is False:
             continue
         if name == "sliding_window" and type(value) is int and value >= keys.shape[2]:
             continue  # it hides no key

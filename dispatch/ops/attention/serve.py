@@ -89,7 +89,7 @@ class AttentionServer(Server):
         dispatch = self.direct((q.dtype, kind, causal, layout, h, hkv, d), question, 0)
         return dispatch.serve(framework, _align(q, k, v, mask), (b, length, kv), q, k, v, mask, scale)
 
-    def call_of_model(
+    def call_of_model(  # noqa: PLR0913, PLR0917 - as transformers has it
         self,
         framework: Callable[..., Any],
         q: torch.Tensor,
@@ -107,11 +107,11 @@ class AttentionServer(Server):
             causal: whether a row sees later keys where nothing else says so; a mask, and a single row, do.
             groups: query heads to a key head, as the model says.
         """
-        causal = q.shape[2] > 1 and mask is None and bool(causal)
         given = (q, k, v, mask, dropout)
         reason = "compiling" if is_compiling() else _objection(self.device, *given)
         traces = reason is not None and wanted(reason) and fits(*given)
         if reason is None or traces:
+            causal = q.shape[2] > 1 and mask is None and bool(causal)
             cropped = causal and k.shape[2] != q.shape[2]  # an empty static cache: the library looks at its head
             if cropped or q.shape[1] != groups * k.shape[1] or (mask is not None and mask.dim() != 4):
                 reason, traces = "special", False
