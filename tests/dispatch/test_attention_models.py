@@ -327,7 +327,7 @@ def test_other_models_of_the_process_stay_plain(transformers: Any, route: Any) -
     assert "asks the table 'first' already" in str(second.optimize(one))
     assert first.server("attention").restore(two) == []
     paths = [f"encoder.layer.{i}.attention.self" for i in range(2)]
-    assert first.server("attention").restore(one) == paths
+    assert [swap.path for swap in first.server("attention").restore(one) if swap.done] == paths
     one(tokens())
     assert counts(first) == {"bin": 2} and second.optimize(one).swapped == 2
 

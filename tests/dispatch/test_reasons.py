@@ -10,7 +10,8 @@ from dks.dispatch.reasons import HITS, LISTED, REASONS
 from dks.dispatch.runtime import MATCH_NAMES, MISS_NAMES
 
 DISPATCH = Path(__file__).parents[2] / "dispatch"
-FILES = [p for p in (*DISPATCH.glob("*.py"), *DISPATCH.glob("ops/*/serve.py")) if p.name != "reasons.py"]
+SERVING = ("*.py", "ops/*/serve.py", "ops/*/models.py")
+FILES = [path for places in SERVING for path in DISPATCH.glob(places) if path.name != "reasons.py"]
 
 
 def texts(node: ast.expr | None) -> Iterator[str]:

@@ -70,16 +70,15 @@ def swap(server: AttentionServer, model: nn.Module) -> list[Swap]:
     return swaps + _without_registry(server, model, [path for path, _ in attentions])
 
 
-def restore(server: AttentionServer, model: nn.Module) -> list[str]:
-    """Take the marks of ``server`` off ``model``; returns the paths of the modules that had one."""
-    marked = [
-        (path or type(module).__name__, module)
-        for path, module in model.named_modules()
-        if getattr(module.__dict__.get(MARK), "server", None) is server
-    ]
-    for _, module in marked:
-        del module.__dict__[MARK]
-    return [path for path, _ in marked]
+def restore(server: AttentionServer, model: nn.Module) -> list[Swap]:
+    """Make plain again what ``swap`` let ask the server's table in ``model``."""
+    swaps: list[Swap] = []
+    for path, module in model.named_modules():
+        mark = module.__dict__.get(MARK)
+        if mark is not None and mark.server is server:
+            del module.__dict__[MARK]
+            swaps.append(Swap(path or type(module).__name__, server.op, True, "the model's own again"))
+    return swaps
 
 
 def _asks_registry(kind: type) -> bool:

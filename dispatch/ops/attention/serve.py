@@ -126,8 +126,8 @@ class AttentionServer(Server):
         """Let a transformers model's SDPA attention ask the table."""
         return models.swap(self, model) if "transformers" in sys.modules else []
 
-    def restore(self, model: nn.Module) -> list[str]:
-        """Let the attention that ``swap`` marked be the model's own again; returns the paths of its modules."""
+    def restore(self, model: nn.Module) -> list[Swap]:
+        """Let the attention that asks this table be the model's own again."""
         return models.restore(self, model)
 
 
