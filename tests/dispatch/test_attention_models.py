@@ -213,6 +213,33 @@ class Recorder:
         return sdpa
 
 
+class NewAttention(nn.Module):
+    """An attention of a later day, which passes something that nobody knows."""
+
+    def __init__(self, config: Any, **more: Any) -> None:
+        super().__init__()
+        self.config, self.more = config, more
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from transformers import AttentionInterface
+
+        attention = AttentionInterface()[self.config._attn_implementation]
+        y: torch.Tensor = attention(self, x, x, x, None, is_causal=False, **self.more)[0]
+        return y
+
+
+@torch.no_grad()
+def test_a_new_attention_is_marked_and_its_calls_are_counted(transformers: Any, route: Any) -> None:
+    runtime, x = route("attention", (CAST,), SHAPES), heads(2, 5)
+    config = transformers.BertConfig(**small(attn_implementation="sdpa"))
+    model = nn.ModuleDict({"new": NewAttention(config, temperature=2.0), "plain": NewAttention(config)})
+    wanted = model["new"](x)
+    assert [(swap.path, swap.done) for swap in runtime.optimize(model).swaps] == [("new", True), ("plain", True)]
+    assert torch.equal(model["new"](x), wanted) and counts(runtime) == {"argument": 1}
+    assert_same(model["plain"](x), wanted)
+    assert counts(runtime) == {"argument": 1, "bin": 1}
+
+
 def marked(runtime: Runtime, **attributes: Any) -> nn.Module:
     module = nn.Identity()
     module.__dict__.update(attributes, **{models.MARK: models.Mark(runtime.server("attention"))})
@@ -438,3 +465,6 @@ def test_one_compilation_for_any_number_of_reloads(transformers: Any, route: Any
         assert counts(runtime) == {"bin": 2 * (i + 1)}
         runtime.reload("anything")
     assert counter.frame_count == 1
+    runtime.server("attention").restore(model)
+    assert_same(compiled(tokens()).last_hidden_state, wanted, 1e-5)
+    assert counts(runtime) == {"bin": 20}, "a graph follows what its model asks"

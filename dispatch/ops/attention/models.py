@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 NAME = "sdpa"
 MARK = "_dks_attention"
+REGISTRY = frozenset({"ALL_ATTENTION_FUNCTIONS", "AttentionInterface"})
+"""The names by which code reaches transformers' registry."""
+
 SERVED = "its plain calls ask the table"
 
 PARAMETERS = {
@@ -87,7 +90,7 @@ def _asks_registry(kind: type) -> bool:
     methods = (
         inspect.unwrap(method) for base in own for method in vars(base).values() if inspect.isfunction(method)
     )
-    return any("ALL_ATTENTION_FUNCTIONS" in method.__code__.co_names for method in methods)
+    return any(REGISTRY & set(method.__code__.co_names) for method in methods)
 
 
 def _without_registry(server: AttentionServer, model: nn.Module, attentions: list[str]) -> list[Swap]:
