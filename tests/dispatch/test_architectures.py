@@ -117,14 +117,14 @@ def serving_all(route: Any, shapes: Shapes) -> Runtime:
 
 
 def prompt(kind: str, *, padded: bool) -> dict[str, Any]:
-    """Two sequences; padded, the second begins with three tokens that are not there, and no cache is asked for:
-    queries then lie in memory as keys do, which tables want."""
+    """Two sequences; padded, the second begins with three tokens that are not there. No cache is asked for: queries
+    then lie in memory as keys do, which tables want."""
     ids = torch.randint(FIRST, LAST, (2, TOKENS), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     if padded:
         mask[1, :3] = 0
     decoder = {"decoder_input_ids": ids[:, :5]} if kind == "seq2seq" else {}
-    cache = {} if kind == "masked" else {"use_cache": not padded}
+    cache = {} if kind == "masked" else {"use_cache": False}
     return {"input_ids": ids, "attention_mask": mask, **decoder, **cache}
 
 
