@@ -24,9 +24,10 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt scripts/setup.sh
 test: setup ## run the tests (no GPU, some 16 minutes on 2 cores: it compiles and sanitizes kernels)
 	$(BIN)/python -m pytest -q
 
-soak: setup ## the long forms of the tests: kills, mutated files, every kernel on a wide grid, swaps under load, GPU programs
+soak: setup ## the long forms of the tests: kills, mutated files, every kernel on a wide grid, swaps under load, GPU programs, models
 	DKS_SOAK=1 $(BIN)/python -m pytest -q -s tests/profiler/test_kills.py tests/profiler/test_check.py \
-	  tests/codegen/test_mutations.py tests/codegen/test_serving.py tests/tiles/test_sanitized.py tests/gpu
+	  tests/codegen/test_mutations.py tests/codegen/test_serving.py tests/tiles/test_sanitized.py tests/gpu \
+	  tests/dispatch/test_architectures.py
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

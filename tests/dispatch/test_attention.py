@@ -1,19 +1,15 @@
-"""``attention`` as served: ``F.scaled_dot_product_attention`` itself, and inside transformers models."""
+"""``attention`` as served: ``F.scaled_dot_product_attention`` itself."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from dks.dispatch import pool
-from dks.dispatch.generation import Generation
 from dks.dispatch.kernel import Kernel
 from dks.dispatch.problem import Problem
 
@@ -177,194 +173,6 @@ def test_offset_views_keep_their_alignment_class(route: Any) -> None:
     q = buffer[1:].view(2, 5, H, D).transpose(1, 2)
     assert_same(runtime.server("attention").call(q, q, q), F.scaled_dot_product_attention(q, q, q))
     assert counts(runtime) == {"bin": 1}
-
-
-# -- inside transformers -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    found = pytest.importorskip("transformers")
-    found.logging.set_verbosity_error()
-    return found
-
-
-def small(**options: Any) -> dict[str, Any]:
-    shape = {"hidden_size": H * D, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": H}
-    return shape | {"vocab_size": 60, "max_position_embeddings": 64} | options
-
-
-def bert(transformers: Any, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**small(attn_implementation="sdpa", **options))
-    return transformers.BertModel(config).eval()
-
-
-def llama(transformers: Any, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**small(attn_implementation="sdpa", **options))
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def tokens(b: int = 3, s: int = 9) -> torch.Tensor:
-    return torch.randint(0, 60, (b, s), generator=torch.Generator().manual_seed(4))
-
-
-def padding(b: int = 3, s: int = 9, left: bool = False) -> torch.Tensor:
-    mask = torch.ones(b, s, dtype=torch.int64)
-    mask[1, : s // 2] = 0
-    mask[2, :1] = 0
-    return mask if left else mask.flip(1)
-
-
-@pytest.fixture(params=[(CAST,), (MATMUL, CAST)], ids=["cast", "matmul"])
-def dispatching(route: Any, request: Any) -> Any:
-    return route("attention", request.param, SHAPES)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@torch.no_grad()
-def test_bert(transformers: Any, dispatching: Any, masked: bool) -> None:
-    model = bert(transformers)
-    mask = padding() if masked else None
-    wanted = model(tokens(), attention_mask=mask).last_hidden_state
-    ours = copy.deepcopy(model)
-    report = dispatching.optimize(ours)
-    assert report.swapped == 1 and "registered as 'dks_t'" in str(report)
-    found = ours(tokens(), attention_mask=mask).last_hidden_state
-    seen = wanted if mask is None else wanted[mask.bool()]
-    assert_same(found if mask is None else found[mask.bool()], seen)
-    assert counts(dispatching) == {"bin": 2}
-    assert model.config._attn_implementation == "sdpa", "the original keeps its own"
-    assert dispatching.optimize(ours).swapped == 0, "a second time changes nothing"
-
-
-def test_a_model_on_another_device_than_the_tables_keeps_its_attention(transformers: Any, route: Any) -> None:
-    model = bert(transformers)
-    swaps = route("attention", (CAST,), SHAPES, device="cuda").optimize(model).swaps
-    (swap,) = (swap for swap in swaps if swap.op == "attention")
-    assert not swap.done and swap.note == "device: its parameters are on cpu, not cuda"
-    assert model.config._attn_implementation == "sdpa"
-    assert route("attention", (CAST,), SHAPES).optimize(model.to("meta")).swapped == 1, "its weights come later"
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("masked", [False, True])
-@torch.no_grad()
-def test_llama_generates_the_same_tokens(transformers: Any, route: Any, groups: int, masked: bool) -> None:
-    """Exact kernels only: a cast could turn a tie between two tokens."""
-    model = llama(transformers, num_key_value_heads=H // groups)
-    mask = padding(left=True) if masked else None
-    runtime = route("attention", (MATMUL, SDPA), SHAPES)
-    ours = copy.deepcopy(model)
-    assert runtime.optimize(ours).swapped == 1
-    for cached in (True, False):
-        options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6, "use_cache": cached}
-        wanted, found = (m.generate(tokens(), pad_token_id=0, **options) for m in (model, ours))
-        assert torch.equal(found, wanted)
-    logits = [m(tokens(), attention_mask=mask).logits for m in (model, ours)]
-    seen = slice(None) if mask is None else mask.bool()
-    assert torch.allclose(logits[0][seen], logits[1][seen], atol=1e-4)
-    assert counts(runtime).get("bin", 0) + counts(runtime).get("exact", 0) > 0
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@torch.no_grad()
-def test_llama_is_close_with_a_cast(transformers: Any, route: Any, masked: bool) -> None:
-    model = llama(transformers, num_key_value_heads=2)
-    mask = padding(left=True) if masked else None
-    ours = copy.deepcopy(model)
-    route("attention", (CAST,), SHAPES).optimize(ours)
-    wanted, found = (m.model(tokens(), attention_mask=mask).last_hidden_state for m in (model, ours))
-    seen = slice(None) if mask is None else mask.bool()
-    assert_same(found[seen], wanted[seen], 6e-2)
-
-
-def test_training_and_static_caches_and_compiling_keep_working(transformers: Any, dispatching: Any) -> None:
-    model = llama(transformers)
-    ours = copy.deepcopy(model)
-    dispatching.optimize(ours)
-    losses = [m.train()(tokens(), labels=tokens()).loss for m in (model, ours)]
-    for loss in losses:
-        loss.backward()
-    assert torch.allclose(*losses, atol=1e-5)
-    assert torch.allclose(model.lm_head.weight.grad, ours.lm_head.weight.grad, atol=1e-5)
-    with torch.no_grad():
-        options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, "cache_implementation": "static"}
-        wanted, found = (m.eval().generate(tokens(), disable_compile=True, **options) for m in (model, ours))
-        assert wanted.shape == found.shape
-        torch._dynamo.reset()
-        compiled = torch.compile(ours.model, backend="aot_eager", fullgraph=True)
-        expected = ours.model(tokens(), use_cache=False).last_hidden_state
-        served = counts(dispatching)["bin"]
-        assert torch.allclose(compiled(tokens(), use_cache=False).last_hidden_state, expected, atol=1e-4)
-    assert "gradient" in counts(dispatching) and counts(dispatching)["bin"] == served + 2
-
-
-@torch.no_grad()
-def test_a_model_inside_another_is_found(transformers: Any, dispatching: Any) -> None:
-    wrapped = nn.ModuleDict({"encoder": bert(transformers), "head": nn.Linear(2, 2)})
-    report = dispatching.optimize(wrapped)
-    assert [(s.path, s.done) for s in report.swaps if s.op == "attention"] == [("encoder", True)]
-    wrapped["encoder"](tokens())
-    assert counts(dispatching) == {"bin": 2}
-
-
-def test_what_is_left_alone_says_why(transformers: Any, dispatching: Any, route: Any) -> None:
-    eager = transformers.BertModel(transformers.BertConfig(**small(attn_implementation="eager")))
-    assert "attention is 'eager', expected 'sdpa'" in str(dispatching.optimize(eager))
-    two = bert(transformers, num_attention_heads=2)
-    assert "2 heads are not in the table" in str(dispatching.optimize(two))
-    default = route("attention", (SDPA,), SHAPES)
-    assert "own kernel is the choice everywhere" in str(default.optimize(bert(transformers)))
-    assert dispatching.optimize(nn.Linear(2, 2)).swapped == 0
-
-
-@torch.no_grad()
-def test_a_pickle_of_the_model_loads_where_the_package_does(transformers: Any, dispatching: Any) -> None:
-    model = bert(transformers)
-    dispatching.optimize(model)
-    loaded = pickle.loads(pickle.dumps(model))
-    assert_same(loaded(tokens()).last_hidden_state, model(tokens()).last_hidden_state)
-
-
-@torch.no_grad()
-def test_bert_with_everything_swapped(transformers: Any, route: Any) -> None:
-    """All three operators at once, with the pair of the intermediate layer fused."""
-    from dks.dispatch.runtime import Runtime
-    from dks.dispatch.table import Group, Rule, Table
-
-    shapes = [{"n": n, "k": k} for n in (32, 48) for k in (32, 48)]
-    parts = [
-        route("attention", (CAST,), SHAPES[:1]).generation.table,
-        route("layer_norm", ("torch.native_layer_norm",), [{"n": H * D}]).generation.table,
-        route("linear", ("mkldnn.linear_packed",), shapes).generation.table,
-    ]
-    rules: list[Rule] = []
-    groups: list[Group] = []
-    for part in parts:
-        shift = len(rules)
-        rules += part.rules
-        for g in part.groups:
-            cells = {align: tuple(c + shift for c in row) for align, row in g.cells.items()}
-            groups.append(Group(g.op, g.form, g.traits, g.statics, g.edges, cells))
-    runtime = Runtime("all", Generation(Table(tuple(rules), tuple(groups))))
-    model = bert(transformers)
-    wanted = model(tokens(), attention_mask=padding())
-    keys = list(model.state_dict())
-    report = runtime.optimize(model)
-    assert list(model.state_dict()) == keys
-    # 2 layers of 6 linears, the pooler, 2 layers of 2 norms, the embeddings' norm, the attention.
-    assert report.swapped == 2 * 6 + 1 + 2 * 2 + 1 + 1, str(report)
-    assert sum("gelu" in s.note for s in report.swaps) == 2, str(report)
-    found = model(tokens(), attention_mask=padding())
-    seen = padding().bool()
-    assert_same(found.last_hidden_state[seen], wanted.last_hidden_state[seen])
-    assert_same(found.pooler_output, wanted.pooler_output)
-    ops = runtime.stats()["ops"]
-    # The pooler reads the first token of each row of tokens: a strided view.
-    assert [ops[op]["fallbacks"] for op in ("attention", "layer_norm", "linear")] == [{}, {}, {"strides": 1}]
-    assert ops["linear"]["hits"] == {"bin": 12}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dks.dispatch.reasons import HITS, LISTED, REASONS
 from dks.dispatch.runtime import MATCH_NAMES, MISS_NAMES
 
 DISPATCH = Path(__file__).parents[2] / "dispatch"
-SERVING = ("*.py", "ops/*/serve.py", "ops/*/layers.py")
+SERVING = ("*.py", "ops/*/serve.py", "ops/*/layers.py", "ops/*/models.py")
 FILES = [path for places in SERVING for path in DISPATCH.glob(places) if path.name != "reasons.py"]
 
 

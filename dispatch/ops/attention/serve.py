@@ -1,4 +1,4 @@
-"""Serving ``attention``: the functional form, and the attention registry of transformers."""
+"""Serving ``attention``: the functional form, and what models of transformers ask for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling, tensor_objection
+from dks.dispatch.ops.attention import models
 from dks.dispatch.ops.attention.traced import ATTENTION, fits
 from dks.dispatch.problem import alignment
 from dks.dispatch.runtime import Swap
@@ -88,19 +89,38 @@ class AttentionServer(Server):
         dispatch = self.direct((q.dtype, kind, causal, layout, h, hkv, d), question, 0)
         return dispatch.serve(framework, _align(q, k, v, mask), (b, length, kv), q, k, v, mask, scale)
 
-    def swap(self, model: nn.Module) -> list[Swap]:
-        """Route a transformers model's SDPA attention through the table, by its attention registry."""
-        if "transformers" not in sys.modules:
-            return []
-        swaps: list[Swap] = []
-        seen: set[int] = set()
-        for path, module in model.named_modules():
-            config = getattr(module, "config", None)
-            # A model hands its choice on to the models inside it, most of which share its config.
-            if hasattr(module, "set_attn_implementation") and config is not None and id(config) not in seen:
-                seen.add(id(config))
-                swaps += self._swap_model(path or type(module).__name__, module, config)
-        return swaps
+    def call_of_model(  # noqa: PLR0913, PLR0917 - as transformers has it
+        self,
+        framework: Callable[..., Any],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+        scale: float | None,
+        causal: bool,
+        groups: int,
+    ) -> Any:
+        """An attention of transformers: (b, h, q, d), or ``framework()`` as it is.
+
+        Args:
+            causal: whether a row sees later keys where nothing else says so; a mask, and a single row, do.
+            groups: query heads to a key head, as the model says.
+        """
+        given = (q, k, v, mask, dropout)
+        reason = "compiling" if is_compiling() else _objection(self.device, *given)
+        traces = reason is not None and wanted(reason) and fits(*given)
+        if reason is None or traces:
+            causal = q.shape[2] > 1 and mask is None and bool(causal)
+            cropped = causal and k.shape[2] != q.shape[2]  # an empty static cache: the library looks at its head
+            if cropped or q.shape[1] != groups * k.shape[1] or (mask is not None and mask.dim() != 4):
+                reason, traces = "special", False
+        if traces:
+            return ATTENTION(q, k, v, mask, causal, scale, q.shape[1] != k.shape[1], self.runtime.name)
+        if reason is not None:
+            self.count(reason)
+            return framework()
+        return self.attend(framework, q, k, v, mask, scale, causal)
 
     def passed_over(self, module: nn.Module) -> str | None:
         kind = type(module).__name__
@@ -108,82 +128,13 @@ class AttentionServer(Server):
             return None  # transformers' go by their model
         return f"{kind} takes no attention by name: {self.runtime.name}.attention serves where it is called"
 
-    def _swap_model(self, path: str, model: Any, config: Any) -> list[Swap]:
-        found = getattr(config, "_attn_implementation", None)
-        name = f"dks_{self.runtime.name}"
-        if found == name:
-            return []
-        if found != "sdpa":
-            return [Swap(path, self.op, False, f"attention is {found!r}, expected 'sdpa'")]
-        groups = [group for group in self.runtime.generation.table.groups if group.op == self.op]
-        heads = getattr(config, "num_attention_heads", 0)
-        plans = [
-            self.runtime.generation.plan(self.op, g.form, dict(g.traits), dict(g.statics))
-            for g in groups
-            if dict(g.statics)["h"] == heads
-        ]
-        if not plans:
-            return [Swap(path, self.op, False, f"{heads} heads are not in the table")]
-        held = {parameter.device.type for parameter in model.parameters()}
-        elsewhere = held in ({"cpu"}, {"cuda"}) and held != {self.device}
-        if elsewhere or not any(plan.changes_anything for plan in plans):
-            usual = "the framework's own kernel is the choice everywhere"
-            note = f"device: its parameters are on {held.pop()}, not {self.device}" if elsewhere else usual
-            return [Swap(path, self.op, False, note)]
-        _register(self, name)
-        model.set_attn_implementation(name)
-        if config._attn_implementation != name:
-            return [Swap(path, self.op, False, "the model does not take its attention from the registry")]
-        return [Swap(path, self.op, True, f"registered as {name!r}")]
+    def swap(self, model: nn.Module) -> list[Swap]:
+        """Let a transformers model's SDPA attention ask the table."""
+        return models.swap(self, model) if "transformers" in sys.modules else []
 
-
-def _register(server: AttentionServer, name: str) -> None:
-    """Register the server with transformers under ``name``."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def forward(  # noqa: PLR0913, PLR0917 - transformers' signature
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        def framework(*_: Any) -> torch.Tensor:
-            y: torch.Tensor = sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-            )[0]
-            return y.transpose(1, 2)
-
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
-        given = (query, key, value, attention_mask, dropout)
-        reason = "compiling" if is_compiling() else _objection(server.device, *given)
-        traces = reason is not None and wanted(reason) and fits(*given)
-        if reason is None or traces:
-            # Caches, position biases and cropped prefills stay with the library that defines them.
-            special = any(kwargs.get(name) is not None for name in ("cache", "position_bias", "softcap"))
-            cropped = causal and key.shape[2] != query.shape[2]
-            groups = getattr(module, "num_key_value_groups", 1)
-            if special or cropped or query.shape[1] != groups * key.shape[1]:
-                reason, traces = "special", False
-        if traces:
-            gqa = query.shape[1] != key.shape[1]
-            y = ATTENTION(query, key, value, attention_mask, causal, scaling, gqa, server.runtime.name)
-        elif reason is None:
-            y = server.attend(framework, query, key, value, attention_mask, scaling, causal)
-        else:
-            server.count(reason)
-            y = framework()
-        return y.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    def restore(self, model: nn.Module) -> list[Swap]:
+        """Let the attention that asks this table be the model's own again."""
+        return models.restore(self, model)
 
 
 def _objection(device: str, q: Any, k: Any, v: Any, mask: Any, dropout: float) -> str | None:
