@@ -23,9 +23,9 @@ from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, environment_of
-from dks.dispatch.kernel import source_digest
 from dks.dispatch.modes import EAGER, GRAPH, MODES, mode_of
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.sources import source_digest
 from dks.dispatch.table import Group
 
 HELD_OUT = "held_out"

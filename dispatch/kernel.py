@@ -6,34 +6,23 @@ folder under ``dks/dispatch/ops``. The profiler measures, and the code generator
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
-import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dks.dispatch.gpu import program
 from dks.dispatch.gpu.cutlass.configuration import Configuration
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.problem import Candidate, Precision, Problem
-from dks.dispatch.tiles.unit import Unit, source_of
+from dks.dispatch.tiles.unit import Unit
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-_BUILT_ON = re.compile(r"dks\.dispatch\.(ops\.\w+|tiles|gpu)\.")
-"""Modules that a kernel builds on. An operator's package only declares; what counts are the modules beside it."""
-
-_GPU = program.SOURCES.parent
 
 Params = tuple[tuple[str, int], ...]
 """Names and values of one parameter set."""
@@ -161,31 +150,6 @@ class Kernel:
         if problem.align < self.alignment_for(dtype):
             return f"needs {self.alignment_for(dtype)}-byte alignment, the problem has {problem.align}"
         return self.supports(problem)
-
-
-def source_digest(kernel: Kernel) -> str:
-    """First 16 hex digits of a SHA-256 over a kernel's files: its own, those it builds on, its templates."""
-    todo, seen = [kernel.bind.__module__], dict[str, bytes]()
-    while todo:
-        name = todo.pop()
-        module = sys.modules[name]
-        if name in seen or module.__file__ is None:
-            continue
-        seen[name] = Path(module.__file__).read_bytes()
-        for value in vars(module).values():
-            owner = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
-            if owner and _BUILT_ON.match(owner):
-                todo.append(owner)
-    if kernel.header:
-        seen[kernel.header] = source_of(kernel.header).encode()
-    for name in kernel.sources:
-        seen[f"gpu/kernels/{name}"] = program.source_of(name).encode()
-    for name in kernel.files:
-        seen[f"gpu/{name}"] = (_GPU / name).read_bytes()
-    digest = hashlib.sha256()
-    for name in sorted(seen):
-        digest.update(name.encode() + b"\0" + seen[name] + b"\0")
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

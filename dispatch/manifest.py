@@ -19,9 +19,9 @@ import torch
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
-from dks.dispatch.kernel import source_digest
 from dks.dispatch.plain import MAX_TEXT, in_words, parse_json
 from dks.dispatch.problem import Candidate
+from dks.dispatch.sources import source_digest
 from dks.dispatch.trust import BYTECODE, distrust, importable, strangers
 
 MANIFEST = "manifest.json"

@@ -20,9 +20,9 @@ from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import JOURNAL, Measurement, is_ours, read_rows, sync_folder, write_rows
-from dks.dispatch.kernel import source_digest
 from dks.dispatch.modes import EAGER
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.sources import source_digest
 from dks.profiler import journal
 from dks.profiler.findings import (
     Contest,

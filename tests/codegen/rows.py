@@ -9,8 +9,8 @@ from statistics import median
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.evidence import Measurement
-from dks.dispatch.kernel import source_digest
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.sources import source_digest
 
 ENVIRONMENT = Environment(
     device="cpu",

@@ -13,7 +13,7 @@ from dks.dispatch import native, pool
 from dks.dispatch.generation import Generation
 from dks.dispatch.gpu import call, launch, library, rows
 from dks.dispatch.gpu.library import Steps
-from dks.dispatch.kernel import Inputs, Kernel, Params, relative_error, source_digest
+from dks.dispatch.kernel import Inputs, Kernel, Params, relative_error
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.runtime import Runtime
 from dks.dispatch.table import Group, Rule, Table
@@ -322,15 +322,6 @@ def test_functional_calls_are_served_by_what_reads_the_callers_weight() -> None:
         wanted = torch.nn.functional.rms_norm((x + r).double(), (96,), weight.double(), 1e-6)
         assert relative_error(y, wanted) < 1e-2 and torch.equal(h, x + r)
     assert runtime.stats()["ops"]["rms_norm"] == {"hits": {"bin": 2}, "fallbacks": {}}, runtime.stats()
-
-
-def test_a_kernels_digest_is_that_of_its_triton_source_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = pool.kernels()["triton.matmul"]
-    before = source_digest(kernel)
-    from dks.dispatch.gpu import program
-
-    monkeypatch.setattr(program, "source_of", lambda name: name)
-    assert source_digest(kernel) != before
 
 
 # -- by the checks that a sweep makes, with extreme values among them ------------------------------------------
