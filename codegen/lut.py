@@ -96,6 +96,7 @@ class Lut:
             was measured first: eager, where it was.
         certificate: what the choices are worth on shapes that none of them was made from.
         few: where more candidates were ahead than the policy's ``max_kernels``.
+        toolchains: what compiled the code that was measured, by chosen kernel, of those that compile any.
     """
 
     environment: Environment
@@ -105,6 +106,7 @@ class Lut:
     expected_us: dict[str, float]
     certificate: Certificate = dataclasses.field(default_factory=Certificate)
     few: tuple[Few, ...] = ()
+    toolchains: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def table(self) -> Table:
         """The dispatch table, without the evidence."""
@@ -121,6 +123,7 @@ class Lut:
             "environment": self.environment.to_dict(),
             "policy": dataclasses.asdict(self.policy),
             "expected_us": self.expected_us,
+            "toolchains": self.toolchains,
         }
         head |= self.certificate.to_json()
         others = list({json.dumps(dataclasses.asdict(o)): o for rule in self.rules for o in rule.others}.values())

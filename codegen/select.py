@@ -19,6 +19,7 @@ from dks.codegen.grid import Grid, sizes_of
 from dks.codegen.lut import Evidence, Lut
 from dks.codegen.others import others
 from dks.codegen.policy import Policy
+from dks.codegen.toolchains import measured_with
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
@@ -89,7 +90,9 @@ def select(rows: Iterable[Measurement], policy: Policy) -> Lut:
         return replace(made, others=others(made, rows, policy, out, ratios, serving))
 
     rules = tuple(map(explained, rules))
-    lut = Lut(environment, policy, rules, tuple(groups), _expected(groups, rules), few=few)
+    every = (row for by_problem in measured.values() for found in by_problem.values() for row in found)
+    toolchains = measured_with(every, {rule.candidate for rule in rules})
+    lut = Lut(environment, policy, rules, tuple(groups), _expected(groups, rules), few=few, toolchains=toolchains)
     return replace(lut, certificate=certify(lut.table(), held_out, policy))
 
 

@@ -21,14 +21,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dks.dispatch.environment import Environment
+from dks.dispatch.environment import UNKNOWN, Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.intervals import Interval, block_ratio
 from dks.dispatch.modes import EAGER, MODES
 from dks.dispatch.plain import in_words, parse_json
 from dks.dispatch.problem import Candidate, Precision, Problem
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_FILE_BYTES = 64 * 2**20  # a problem's rows take kilobytes; anything near this is not ours
 MAX_FOOTER_BYTES = 2**20  # so many columns, at some 100 bytes each, are refused before they are parsed
 MAX_ROWS = 100_000  # candidates of one problem
@@ -96,6 +96,8 @@ class Measurement:
         measured_at: ISO 8601 UTC, for people; nothing is computed from it.
         mode: how the call was executed, eager or graph; see ``dks.dispatch.modes``. Rows of the two modes share no
             rounds. Files of schema version 2 do not have it, and all of their rows are eager.
+        toolchain: what compiled the kernel, as ``toolchain`` says it; empty where nothing is compiled. Files of
+            earlier schema versions than 4 do not have it: unknown.
     """
 
     op: str
@@ -131,6 +133,7 @@ class Measurement:
     environment: str
     measured_at: str
     mode: str = EAGER
+    toolchain: str = UNKNOWN
 
 
 def clean_samples(row: Measurement) -> list[int]:
@@ -176,7 +179,12 @@ def _arrow_type(annotation: str) -> pa.DataType:
 SCHEMA = pa.schema(
     [pa.field(f.name, _arrow_type(str(f.type)), nullable="None" in str(f.type)) for f in fields(Measurement)]
 )
-_COLUMNS = {"2": pa.schema([field for field in SCHEMA if field.name != "mode"]), str(SCHEMA_VERSION): SCHEMA}
+_SINCE = {"mode": 3, "toolchain": 4}
+"""The schema version that added a column, of each that the first one which still reads did not have."""
+_COLUMNS = {
+    str(version): pa.schema([field for field in SCHEMA if _SINCE.get(field.name, 2) <= version])
+    for version in range(2, SCHEMA_VERSION + 1)
+}
 """Of every version that reads."""
 _VERSION_KEY = b"dks.schema"
 _VERSION = re.compile(rb"dks\.schema\x18.([0-9]+)")  # as the footer has it: Thrift's compact protocol
@@ -393,8 +401,9 @@ def _check_schema(path: Path, metadata: Mapping[bytes, bytes], schema: pa.Schema
     if odd := sorted(set(metadata) - _METADATA):
         raise BadInput(f"{path}: found metadata {odd[0][:40]!r}, expected none but dks.schema")
     if not schema.equals(columns, check_metadata=False):
-        names = set(map(str, schema)) ^ set(map(str, columns))
-        raise BadInput(f"{path}: found other columns than expected: {ascii(', '.join(sorted(names)[:6]))[1:400]}")
+        theirs, ours = list(schema), list(columns)
+        odd = [str(f) for f in theirs if f not in ours] + [str(f) for f in ours if f not in theirs]
+        raise BadInput(f"{path}: found other columns than expected: {ascii(', '.join(sorted(odd)[:6]))[1:400]}")
 
 
 def _check_row(row: Measurement) -> None:

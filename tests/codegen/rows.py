@@ -11,6 +11,7 @@ from dks.dispatch.environment import Environment
 from dks.dispatch.evidence import Measurement
 from dks.dispatch.problem import Candidate, Problem
 from dks.dispatch.sources import source_digest
+from dks.dispatch.toolchain import toolchain
 
 ENVIRONMENT = Environment(
     device="cpu",
@@ -72,5 +73,6 @@ def row(
         "kernel_digest": source_digest(kernel) if kernel else "",
         "environment": json.dumps(ENVIRONMENT.to_dict(), sort_keys=True),
         "measured_at": "2026-01-01T00:00:00+00:00",
+        "toolchain": toolchain(kernel) if kernel else "",
     }
     return Measurement(**{**fields, **more})  # type: ignore[arg-type]

@@ -150,26 +150,34 @@ def test_a_failed_write_leaves_the_old_file(
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
-def write_version_2(path: Path, rows: list[Measurement]) -> None:
-    """As the version before execution modes wrote it."""
-    names = [name for name in SCHEMA.names if name != "mode"]
-    schema = pa.schema([SCHEMA.field(name) for name in names], metadata={b"dks.schema": b"2"})
+LATER = {2: ("mode", "toolchain"), 3: ("toolchain",)}
+"""What earlier versions did not know."""
+
+
+def write_version(version: int, path: Path, rows: list[Measurement]) -> None:
+    """As an earlier version wrote it."""
+    names = [name for name in SCHEMA.names if name not in LATER[version]]
+    said = {b"dks.schema": str(version).encode()}
+    schema = pa.schema([SCHEMA.field(name) for name in names], metadata=said)
     write_bound(path, pa.table({name: [getattr(row, name) for row in rows] for name in names}, schema=schema))
 
 
-def test_files_of_version_2_read_and_all_of_them_is_eager(tmp_path: Path, rows: list[Measurement]) -> None:
+@pytest.mark.parametrize("version", LATER)
+def test_files_of_earlier_versions_read_as_eager_and_of_no_known_toolchain(
+    version: int, tmp_path: Path, rows: list[Measurement]
+) -> None:
     path = tmp_path / "a.parquet"
-    write_version_2(path, rows)
-    assert read_rows(path) == rows and {row.mode for row in rows} == {"eager"}
+    write_version(version, path, rows)
+    assert read_rows(path) == [dataclasses.replace(row, mode="eager", toolchain="unknown") for row in rows]
     assert is_ours(path)
 
 
 def test_each_version_has_its_own_columns_and_modes_have_names(tmp_path: Path, rows: list[Measurement]) -> None:
     path = tmp_path / "a.parquet"
     whole = pa.table({name: [getattr(row, name) for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
-    for version, table in ((b"2", whole), (b"3", whole.drop_columns(["mode"]))):
+    for version, table in ((b"3", whole), (b"4", whole.drop_columns(["toolchain"]))):
         write_bound(path, table.replace_schema_metadata({b"dks.schema": version}))
-        with pytest.raises(BadInput, match=r"other columns than expected: .*mode: string"):
+        with pytest.raises(BadInput, match=r"other columns than expected: .*toolchain: string"):
             read_rows(path)
     write_rows(path, [dataclasses.replace(rows[0], mode="graph")])
     assert read_rows(path)[0].mode == "graph"
