@@ -402,8 +402,8 @@ def _check_schema(path: Path, metadata: Mapping[bytes, bytes], schema: pa.Schema
         raise BadInput(f"{path}: found metadata {odd[0][:40]!r}, expected none but dks.schema")
     if not schema.equals(columns, check_metadata=False):
         theirs, ours = list(schema), list(columns)
-        odd = [str(f) for f in theirs if f not in ours] + [str(f) for f in ours if f not in theirs]
-        raise BadInput(f"{path}: found other columns than expected: {ascii(', '.join(sorted(odd)[:6]))[1:400]}")
+        names = [str(f) for f in theirs if f not in ours] + [str(f) for f in ours if f not in theirs]
+        raise BadInput(f"{path}: found other columns than expected: {ascii(', '.join(sorted(names)[:6]))[1:400]}")
 
 
 def _check_row(row: Measurement) -> None:

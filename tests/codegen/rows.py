@@ -21,6 +21,8 @@ ENVIRONMENT = Environment(
     torch="2.13.0+cpu",
     libraries="mkl-2024.2+onednn-3.12.0",
     threads="2",
+    capability="AVX2",
+    switches="",
 )
 
 

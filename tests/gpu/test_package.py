@@ -37,7 +37,7 @@ from tests.dispatch import pretended
 from tests.gpu.conftest import Fake
 
 HOPPER = Environment(
-    "cuda", "NVIDIA H200 132 SMs", "sm_90", "580.1", "2.11.0+cu130", "cuda-13.0+cudnn-91002", "none"
+    "cuda", "NVIDIA H200 132 SMs", "sm_90", "580.1", "2.11.0+cu130", "cuda-13.0+cudnn-91002", "none", "none", ""
 )
 TRAITS = {"dtype": "bfloat16", "bias": "no", "epilogue": "none"}
 N, K = 64, 1024
