@@ -34,7 +34,7 @@ def exclusion(policy: Policy, problem: Problem, form: str, row: Measurement) -> 
         return "not timed, or its error is not known"
     if row.error > policy.max_error:
         return f"error above the budget of {policy.max_error:g}"
-    if eager_form(form) == "direct" and kernel.form and kernel.unprepared is None:
+    if eager_form(form) == "direct" and kernel.form:
         return "packs its weight: prepared calls alone"
     if policy.objective == "memory" and row.form_bytes:
         return "packs its weight, and the objective is memory"

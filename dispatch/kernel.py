@@ -62,6 +62,22 @@ class Inputs:
     dynamic: tuple[Any, ...]
 
 
+class Late:
+    """The ``bind`` of a kernel that is told its constant arguments with each call, which is sooner than to bind.
+
+    ``launch`` (problem, params) makes a function of the dynamic arguments and then the constant ones. That function
+    serves calls without preparation, and it is what a sweep checks and times, with the constants behind.
+    """
+
+    def __init__(self, launch: Callable[[Problem, Params], Launch]) -> None:
+        self.launch, self.__module__ = launch, launch.__module__
+
+    def __call__(self, problem: Problem, params: Params, *constants: Any) -> Launch:
+        run = self.launch(problem, params)
+        held = [t.detach().contiguous() if isinstance(t, torch.Tensor) else t for t in constants]
+        return lambda *dynamic: run(*dynamic, *held)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One way to compute an operator.
@@ -74,10 +90,9 @@ class Kernel:
             form; may read the problem's traits and static dims, never a dynamic dim, so that one bound
             form serves all bins.
         form: the weight form that ``bind`` makes, in words; empty where it uses the caller's tensors as
-            they are, and then the kernel can also serve a call without preparation.
+            they are, and then the kernel can also serve a call without preparation, by binding at each call or,
+            where ``bind`` is a ``Late``, once.
         form_bytes: bytes that the form adds, for a problem.
-        unprepared: (problem, params) -> Launch of the dynamic arguments and then the constant ones, of a kernel
-            whose form is only where the weight lies: for calls without preparation, which say that each time.
         params: the parameter sets to measure; each makes one candidate.
         unit: the generated C++ function that a candidate runs, where it runs one.
         header: the file in ``dks/dispatch/tiles`` that such functions are made from.
@@ -107,7 +122,6 @@ class Kernel:
     bind: Callable[..., Launch]
     form: str = ""
     form_bytes: Callable[[Problem], int] = lambda _: 0
-    unprepared: Callable[[Problem, Params], Launch] | None = None
     params: tuple[Params, ...] = ((),)
     unit: Callable[[Problem, Params], Unit] | None = None
     header: str = ""
@@ -123,6 +137,11 @@ class Kernel:
     rank: int = 1
     searches: str = ""
     devices: tuple[str, ...] = ()
+
+    @property
+    def unprepared(self) -> Callable[[Problem, Params], Launch] | None:
+        """What serves a call without preparation, where that is not ``bind`` at each call: see ``Late``."""
+        return self.bind.launch if isinstance(self.bind, Late) else None
 
     def runs_on(self, device: str) -> bool:
         """Whether it is meant for a kind of device, ``cpu`` or ``cuda``.
