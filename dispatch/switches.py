@@ -75,6 +75,15 @@ def differences(mine: str, theirs: str) -> list[str]:
     return [f"{name}: {ours.get(name, _DEFAULT)} != {others.get(name, _DEFAULT)}" for name in names]
 
 
+def openmp(text: str) -> list[tuple[str, str, str]]:
+    """Of each of OpenMP's variables: name, value in ``text``, and other words for its default, each between blanks.
+
+    Of an unknown text, each value is the text: it is what no process has.
+    """
+    named = _parsed(text) if "=" in text or not text else dict.fromkeys(OPENMP, text)
+    return [(name, named.get(name, ""), f" {' '.join(_DEFAULTS.get(name, ()))} ") for name in OPENMP]
+
+
 _DEFAULT = "its default"
 
 

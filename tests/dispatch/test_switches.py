@@ -20,7 +20,7 @@ from dks.codegen.policy import Policy
 from dks.codegen.select import select
 from dks.dispatch import switches as module
 from dks.dispatch.environment import MAX_TEXT, Environment
-from dks.dispatch.switches import CPU, CUDA, ONEDNN, differences, switches
+from dks.dispatch.switches import CPU, CUDA, ONEDNN, OPENMP, differences, openmp, switches
 from tests.codegen.rows import row
 
 PLAIN = {"cpu": switches("cpu", {}), "cuda": switches("cuda", {})}
@@ -61,6 +61,13 @@ def test_other_values_of_one_switch_are_told_apart_and_equal_ones_are_not() -> N
     one, other = switches("cpu", {"MKL_CBWR": "avx2"}), switches("cpu", {"MKL_CBWR": "COMPATIBLE"})
     assert differences(one, other) == ["MKL_CBWR: AVX2 != COMPATIBLE"]
     assert differences(one, switches("cpu", {"MKL_CBWR": "AVX2 "})) == []
+
+
+def test_openmps_part_is_told_variable_by_variable() -> None:
+    found = {name: (value, words) for name, value, words in openmp("MKL_CBWR=AVX2 OMP_PLACES=CORES")}
+    assert tuple(found) == OPENMP and found["OMP_PLACES"] == ("CORES", "  ")
+    assert found["OMP_PROC_BIND"] == ("", "  0 FALSE NO OFF ")
+    assert {value for _, value, _ in openmp("")} == {""} and {value for _, value, _ in openmp("unknown")} == {"unknown"}
 
 
 def set_float32(value: str) -> Callable[[], None]:
