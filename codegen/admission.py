@@ -35,7 +35,7 @@ def exclusion(policy: Policy, problem: Problem, form: str, row: Measurement) -> 
     kernel = _kernel(row)
     if why := _error(policy, row):
         return why
-    if eager_form(form) == "direct" and kernel.form and kernel.unprepared is None:
+    if eager_form(form) == "direct" and kernel.form:
         return "packs its weight: prepared calls alone"
     if policy.objective == "memory" and row.form_bytes:
         return "packs its weight, and the objective is memory"

@@ -239,6 +239,9 @@ def check(out: Path) -> int:
         bad += bool(problems)
         if not problems:
             click.echo(f"{folder}: whole, fits this machine, lookup {manifest.lookup}")
+            for tools in sorted(set(manifest.toolchains.values())):
+                compiled = [kernel for kernel, by in manifest.toolchains.items() if by == tools]
+                click.echo(f"{folder}: {', '.join(compiled)}: measured and compiled with {tools}")
         click.echo(f"{folder}: {describe(manifest.certificate, manifest.certificate_note)}")
     if bad:
         raise BadInput(

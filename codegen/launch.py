@@ -13,6 +13,7 @@ from dks.codegen.templating import environment as templates
 from dks.dispatch import compiler, pool
 from dks.dispatch.native.build import FLAGS
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.switches import openmp
 
 LAUNCH = "launch.hpp"
 LIBRARY = "_server.so"  # not _table.so: Python would take that for _table.py
@@ -84,6 +85,7 @@ def render_launch(lut: Lut, name: str, generation: str) -> str:
             name=name,
             generation=generation,
             environment=lut.environment,
+            switches=openmp(lut.environment.switches),
             max_error=float(lut.policy.max_error),
             kernels=kernels,
             kernel_of=[-1 if view is None else place[view] for view in views],

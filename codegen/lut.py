@@ -125,6 +125,7 @@ class Lut:
         certificate: what the choices are worth on shapes that none of them was made from.
         few: where more candidates were ahead than the policy's ``max_kernels``.
         invariant: of a batch-invariant table, each group's one candidate and its price.
+        toolchains: what compiled the code that was measured, by chosen kernel, of those that compile any.
     """
 
     environment: Environment
@@ -135,6 +136,7 @@ class Lut:
     certificate: Certificate = dataclasses.field(default_factory=Certificate)
     few: tuple[Few, ...] = ()
     invariant: tuple[Invariant, ...] = ()
+    toolchains: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def table(self) -> Table:
         """The dispatch table, without the evidence."""
@@ -151,6 +153,7 @@ class Lut:
             "environment": self.environment.to_dict(),
             "policy": dataclasses.asdict(self.policy),
             "expected_us": self.expected_us,
+            "toolchains": self.toolchains,
         }
         head |= self.certificate.to_json()
         others = list({json.dumps(dataclasses.asdict(o)): o for rule in self.rules for o in rule.others}.values())

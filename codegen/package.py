@@ -31,6 +31,7 @@ from dks.codegen.kernels import (
 from dks.codegen.launch import compile_library, ship_headers
 from dks.codegen.lut import Lut
 from dks.codegen.templating import environment as templates
+from dks.codegen.toolchains import check_toolchains
 from dks.dispatch import compiler, pool, trust
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement
@@ -142,11 +143,13 @@ def build(lut: Lut, rows: Iterable[Measurement], out: Path, name: str) -> Built:
 
     Raises:
         BadInput: the name or the destination can't be used or can't be written, the certificate shows more
-            regret than the policy allows, or generated kernels that were chosen can't be compiled.
+            regret than the policy allows, or generated kernels that were chosen can't be compiled, or would be by
+            other tools than were measured.
     """
     check_package_name(name)
     check_destination(out, name)
     check_regret(lut.certificate, lut.policy.max_regret)
+    check_toolchains(lut)
     try:
         trust.make_folder(out)
         work = Path(tempfile.mkdtemp(dir=out, prefix=f".{name}-"))
@@ -189,6 +192,7 @@ def _fill(package: Path, lut: Lut, rows: Iterable[Measurement], name: str) -> st
         "policy": dataclasses.asdict(lut.policy),
         "lookup": lookup,
         "tools": _tools(),
+        "toolchains": lut.toolchains,
         "library": library or "compiled",
         **lut.certificate.to_json(),
         "kernels": {kernel: digests[kernel] for kernel in chosen},

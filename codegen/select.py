@@ -20,13 +20,14 @@ from dks.codegen.invariant import one_for_all
 from dks.codegen.lut import Evidence, Few, Invariant, Lut
 from dks.codegen.others import others
 from dks.codegen.policy import Policy
+from dks.codegen.toolchains import measured_with
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, environment_of
-from dks.dispatch.kernel import source_digest
 from dks.dispatch.modes import EAGER, GRAPH, MODES, mode_of
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.sources import source_digest
 from dks.dispatch.table import Group
 
 HELD_OUT = "held_out"
@@ -105,7 +106,10 @@ def select(rows: Iterable[Measurement], policy: Policy) -> Lut:
         return replace(made, others=others(made, rows, policy, out, ratios, serving))
 
     rules = tuple(map(explained, rules))
-    lut = Lut(environment, policy, rules, tuple(groups), _expected(groups, rules), few=few, invariant=invariant)
+    every = (row for by_problem in measured.values() for found in by_problem.values() for row in found)
+    toolchains = measured_with(every, {rule.candidate for rule in rules})
+    lut = Lut(environment, policy, rules, tuple(groups), _expected(groups, rules), few=few)
+    lut = replace(lut, invariant=invariant, toolchains=toolchains)
     return replace(lut, certificate=certify(lut.table(), held_out, policy))
 
 

@@ -10,7 +10,10 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
+
+from dks.dispatch.environment import UNKNOWN
 
 COMPILERS = ("g++", "clang++", "c++")
 TIMEOUT = 300.0  # seconds
@@ -81,7 +84,20 @@ def version() -> str:
 @lru_cache
 def _version(command: tuple[str, ...]) -> str:
     code, output = run_compiler([*command, "--version"], Path("/"))
-    return output.partition("\n")[0].strip() if code == 0 else "unknown"
+    return output.partition("\n")[0].strip() if code == 0 else UNKNOWN
+
+
+def described(flags: Sequence[str]) -> str:
+    """The compiler's version and a digest of how it is called, as evidence has them; why there is none; or
+    ``unknown``. Where it lies does not count."""
+    command, reason = find_compiler()
+    said = reason or _version(tuple(command))
+    return said if reason or said == UNKNOWN else f"{said}, flags {digest_of((*command[1:], *flags))}"
+
+
+def digest_of(flags: Sequence[str]) -> str:
+    """Flags are many; this tells one set from another."""
+    return sha256("\0".join(flags).encode()).hexdigest()[:8]
 
 
 def _run(command: Sequence[str], folder: Path, timeout: float) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -12,8 +13,15 @@ from pathlib import Path
 
 import torch
 
+from dks.dispatch.switches import capability, differences, switches
+
 UNKNOWN = "unknown"
 MAX_TEXT = 1000  # characters of a field; ours take some forty
+
+_LATER = ("capability", "switches")
+"""Fields that evidence and packages of earlier versions do not have."""
+
+_SET_BY = {"capability": " (ATEN_CPU_CAPABILITY sets it)"}
 
 # Instruction sets that decide which CPU kernels exist; the rest of /proc/cpuinfo's flags does not matter.
 _ISA = (
@@ -35,6 +43,11 @@ class Environment:
         torch: version with its build tag.
         libraries: versions of the math libraries inside torch.
         threads: intra-op threads that torch was measured with; ``none`` on a GPU.
+        capability: instructions that PyTorch's own kernels use, whatever the CPU has; ``none`` on a GPU.
+        switches: settings of the process that change which code runs, where they are not at their defaults:
+            ``NAME=value NAME=value``; see ``switches``.
+
+    All of it is as it is when it is asked; an application may turn a switch later.
     """
 
     device: str
@@ -44,6 +57,8 @@ class Environment:
     torch: str
     libraries: str
     threads: str
+    capability: str
+    switches: str
 
     @classmethod
     def current(cls, device: str = "cpu") -> Environment:
@@ -64,16 +79,19 @@ class Environment:
             torch=str(torch.__version__),
             libraries=_libraries(),
             threads=str(torch.get_num_threads()),
+            capability=capability(),
+            switches=switches("cpu", os.environ),
         )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, str]) -> Environment:
-        """The inverse of ``to_dict``.
+        """The inverse of ``to_dict``. What earlier versions did not write is unknown.
 
         Raises:
             ValueError: a field is missing, unknown, or not text of one line that shows as it is.
         """
         names = {f.name for f in fields(cls)}
+        data = {**dict.fromkeys(_LATER, UNKNOWN), **data}
         if set(data) != names:
             odd = sorted(set(data) ^ names)
             raise ValueError(f"environment: found missing or unknown fields {odd}, expected {sorted(names)}")
@@ -94,8 +112,12 @@ class Environment:
         lines = []
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine != theirs or UNKNOWN in (mine, theirs):
-                lines.append(f"{field.name}: {mine} != {theirs}")
+            if mine == theirs != UNKNOWN:
+                continue
+            if field.name == "switches" and UNKNOWN not in (mine, theirs):
+                lines += differences(mine, theirs)
+            else:
+                lines.append(f"{field.name}: {mine or 'none'} != {theirs or 'none'}{_SET_BY.get(field.name, '')}")
         return lines
 
     @property
@@ -129,6 +151,8 @@ def _cuda(device: str) -> dict[str, str]:
         "torch": str(torch.__version__),
         "libraries": f"cuda-{torch.version.cuda}+cudnn-{torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
         "threads": "none",
+        "capability": "none",
+        "switches": switches("cuda", os.environ),
     }
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dks.dispatch.environment import Environment
+from dks.dispatch.environment import UNKNOWN, Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.intervals import Interval, block_ratio
 from dks.dispatch.modes import EAGER, MODES
@@ -99,6 +99,8 @@ class Measurement:
         error_rows: ``error`` on rows of very different sizes; null if such a call was declined. Files before schema
             version 4 do not have it, and their errors are those of whole outputs: see ``judged_by_rows``.
         declines_rows: whether the kernel declined rows of very different sizes, so that the framework serves them.
+        toolchain: what compiled the kernel, as ``toolchain`` says it; empty where nothing is compiled. Files of
+            earlier schema versions than 4 do not have it: unknown.
     """
 
     op: str
@@ -136,6 +138,7 @@ class Measurement:
     mode: str = EAGER
     error_rows: float | None = None
     declines_rows: bool = False
+    toolchain: str = UNKNOWN
 
 
 def judged_by_rows(row: Measurement) -> bool:
@@ -187,7 +190,7 @@ def _arrow_type(annotation: str) -> pa.DataType:
 SCHEMA = pa.schema(
     [pa.field(f.name, _arrow_type(str(f.type)), nullable="None" in str(f.type)) for f in fields(Measurement)]
 )
-_SINCE = {"mode": 3, "error_rows": 4, "declines_rows": 4}
+_SINCE = {"mode": 3, "error_rows": 4, "declines_rows": 4, "toolchain": 4}
 """Columns that came after schema version 2, and the version that has them first."""
 _COLUMNS = {
     str(version): pa.schema([field for field in SCHEMA if _SINCE.get(field.name, 2) <= version])
@@ -409,7 +412,8 @@ def _check_schema(path: Path, metadata: Mapping[bytes, bytes], schema: pa.Schema
     if odd := sorted(set(metadata) - _METADATA):
         raise BadInput(f"{path}: found metadata {odd[0][:40]!r}, expected none but dks.schema")
     if not schema.equals(columns, check_metadata=False):
-        names = set(map(str, schema)) ^ set(map(str, columns))
+        theirs, ours = list(schema), list(columns)
+        names = [str(f) for f in theirs if f not in ours] + [str(f) for f in ours if f not in theirs]
         raise BadInput(f"{path}: found other columns than expected: {ascii(', '.join(sorted(names)[:6]))[1:400]}")
 
 

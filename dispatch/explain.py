@@ -218,6 +218,8 @@ def _told(default: str, evidence: Mapping[str, Any], device: str) -> Story:
         lines.append(("samples", counted))
     if evidence.get("error") is not None:
         lines.append(("error", f"{evidence['error']:.2g} relative to float64"))
+    if evidence.get("toolchain"):
+        lines.append(("compiled", f"measured and shipped with {evidence['toolchain']}"))
     if evidence.get("form_bytes"):
         lines.append(("packed", f"{evidence['form_bytes'] / 2**20:.2f} MiB for each weight"))
     if evidence.get("runner_up"):
@@ -266,4 +268,7 @@ def _evidence(text: str, rule: int) -> dict[str, Any]:
     found: dict[str, Any] = lut["rules"][rule]
     if "others" in found:
         found["others"] = [lut["others"][index] for index in found["others"]]
+    kernel = Candidate.parse(found["candidate"]).kernel
+    if kernel in lut.get("toolchains", {}):
+        found["toolchain"] = lut["toolchains"][kernel]
     return found

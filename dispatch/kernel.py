@@ -6,34 +6,23 @@ folder under ``dks/dispatch/ops``. The profiler measures, and the code generator
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
-import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dks.dispatch.gpu import program
 from dks.dispatch.gpu.cutlass.configuration import Configuration
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.problem import Candidate, Precision, Problem
-from dks.dispatch.tiles.unit import Unit, source_of
+from dks.dispatch.tiles.unit import Unit
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-_BUILT_ON = re.compile(r"dks\.dispatch\.(ops\.\w+|tiles|gpu)\.")
-"""Modules that a kernel builds on. An operator's package only declares; what counts are the modules beside it."""
-
-_GPU = program.SOURCES.parent
 
 Params = tuple[tuple[str, int], ...]
 """Names and values of one parameter set."""
@@ -73,6 +62,22 @@ class Inputs:
     dynamic: tuple[Any, ...]
 
 
+class Late:
+    """The ``bind`` of a kernel that is told its constant arguments with each call, which is sooner than to bind.
+
+    ``launch`` (problem, params) makes a function of the dynamic arguments and then the constant ones. That function
+    serves calls without preparation, and it is what a sweep checks and times, with the constants behind.
+    """
+
+    def __init__(self, launch: Callable[[Problem, Params], Launch]) -> None:
+        self.launch, self.__module__ = launch, launch.__module__
+
+    def __call__(self, problem: Problem, params: Params, *constants: Any) -> Launch:
+        run = self.launch(problem, params)
+        held = [t.detach().contiguous() if isinstance(t, torch.Tensor) else t for t in constants]
+        return lambda *dynamic: run(*dynamic, *held)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One way to compute an operator.
@@ -85,12 +90,11 @@ class Kernel:
             form; may read the problem's traits and static dims, never a dynamic dim, so that one bound
             form serves all bins.
         form: the weight form that ``bind`` makes, in words; empty where it uses the caller's tensors as
-            they are, and then the kernel can also serve a call without preparation.
+            they are, and then the kernel can also serve a call without preparation, by binding at each call or,
+            where ``bind`` is a ``Late``, once.
         form_bytes: bytes that the form adds, for a problem.
         reads_in_place: whether its form is only where the constant arguments lie, so that it sees what is written
             to them later.
-        unprepared: (problem, params) -> Launch of the dynamic arguments and then the constant ones, of a kernel
-            whose form is only where the weight lies: for calls without preparation, which say that each time.
         params: the parameter sets to measure; each makes one candidate.
         unit: the generated C++ function that a candidate runs, where it runs one.
         header: the file in ``dks/dispatch/tiles`` that such functions are made from.
@@ -123,7 +127,6 @@ class Kernel:
     form: str = ""
     form_bytes: Callable[[Problem], int] = lambda _: 0
     reads_in_place: bool = False
-    unprepared: Callable[[Problem, Params], Launch] | None = None
     params: tuple[Params, ...] = ((),)
     unit: Callable[[Problem, Params], Unit] | None = None
     header: str = ""
@@ -140,6 +143,11 @@ class Kernel:
     searches: str = ""
     devices: tuple[str, ...] = ()
     batch_invariant: Callable[[Params], bool] = lambda _: False
+
+    @property
+    def unprepared(self) -> Callable[[Problem, Params], Launch] | None:
+        """What serves a call without preparation, where that is not ``bind`` at each call: see ``Late``."""
+        return self.bind.launch if isinstance(self.bind, Late) else None
 
     def runs_on(self, device: str) -> bool:
         """Whether it is meant for a kind of device, ``cpu`` or ``cuda``.
@@ -172,31 +180,6 @@ class Kernel:
         if problem.align < self.alignment_for(dtype):
             return f"needs {self.alignment_for(dtype)}-byte alignment, the problem has {problem.align}"
         return self.supports(problem)
-
-
-def source_digest(kernel: Kernel) -> str:
-    """First 16 hex digits of a SHA-256 over a kernel's files: its own, those it builds on, its templates."""
-    todo, seen = [kernel.bind.__module__], dict[str, bytes]()
-    while todo:
-        name = todo.pop()
-        module = sys.modules[name]
-        if name in seen or module.__file__ is None:
-            continue
-        seen[name] = Path(module.__file__).read_bytes()
-        for value in vars(module).values():
-            owner = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
-            if owner and _BUILT_ON.match(owner):
-                todo.append(owner)
-    if kernel.header:
-        seen[kernel.header] = source_of(kernel.header).encode()
-    for name in kernel.sources:
-        seen[f"gpu/kernels/{name}"] = program.source_of(name).encode()
-    for name in kernel.files:
-        seen[f"gpu/{name}"] = (_GPU / name).read_bytes()
-    digest = hashlib.sha256()
-    for name in sorted(seen):
-        digest.update(name.encode() + b"\0" + seen[name] + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def take_rows(dynamic: tuple[Any, ...], first: int, end: int) -> tuple[Any, ...]:

@@ -19,9 +19,9 @@ import torch
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
-from dks.dispatch.kernel import source_digest
 from dks.dispatch.plain import MAX_TEXT, in_words, parse_json
 from dks.dispatch.problem import Candidate
+from dks.dispatch.sources import source_digest
 from dks.dispatch.trust import BYTECODE, distrust, importable, strangers
 
 MANIFEST = "manifest.json"
@@ -60,6 +60,7 @@ class Manifest:
         certificate_note: why there is none.
         policy: the fields of the policy that it was selected by, for people.
         tools: versions of what built it, by name, for people.
+        toolchains: what compiled its kernels when they were measured and when it was built, by kernel, for people.
         digest: SHA-256 of all of the above, as ``seal`` makes it; so of every file too.
     """
 
@@ -73,6 +74,7 @@ class Manifest:
     certificate_note: str = ""
     policy: Mapping[str, Any] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
+    toolchains: Mapping[str, str] = field(default_factory=dict)
     digest: str = ""
 
 
@@ -126,6 +128,7 @@ def parse_manifest(text: bytes, what: str = MANIFEST) -> Manifest:
             certificate=certificate,
             policy=_object(data, "policy"),
             tools=_object(data, "tools"),
+            toolchains=_toolchains(data),
             **{name: _text(data, name) for name in texts},
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -146,6 +149,13 @@ def _text(data: Mapping[str, Any], name: str) -> str:
     if not isinstance(data[name], str):
         raise ValueError(f"{name} is {type(data[name]).__name__}")
     return str(data[name])
+
+
+def _toolchains(data: Mapping[str, Any]) -> dict[str, str]:
+    if "toolchains" not in data:  # earlier packages say nothing of it
+        return {}
+    found = _object(data, "toolchains")
+    return {id: _text(found, id) for id in _kernels(found)}
 
 
 def _kernels(found: Mapping[str, Any]) -> dict[str, str]:

@@ -43,21 +43,32 @@ def kernels() -> dict[str, Kernel]:
         ImportError: a module that ``DKS_KERNELS`` names can't be imported.
     """
     pool: dict[str, Kernel] = {}
-    for kernel in _found():
+    for _, kernel in _found():
         if kernel.id in pool:
             raise ValueError(f"kernel {kernel.id}: declared twice, expected unique ids")
         pool[kernel.id] = kernel
     return pool
 
 
-def _found() -> Iterator[Kernel]:
+def homes() -> dict[str, str]:
+    """The module that declares each kernel, by the kernel's id."""
+    return _homes(os.environ.get(MORE_KERNELS, ""))
+
+
+@lru_cache(maxsize=8)
+def _homes(_more: str) -> dict[str, str]:
+    return {kernel.id: name for name, kernel in _found()}
+
+
+def _found() -> Iterator[tuple[str, Kernel]]:
+    """Every kernel, with the module that declares it."""
     for folder in _modules(ops):
         for module in _modules(folder):
             if hasattr(module, "KERNEL"):
-                yield module.KERNEL
-            yield from getattr(module, "KERNELS", ())
+                yield module.__name__, module.KERNEL
+            yield from ((module.__name__, kernel) for kernel in getattr(module, "KERNELS", ()))
     for name in filter(None, os.environ.get(MORE_KERNELS, "").split(",")):
-        yield from importlib.import_module(name).KERNELS
+        yield from ((name, kernel) for kernel in importlib.import_module(name).KERNELS)
 
 
 def operator(name: str) -> Operator:

@@ -234,7 +234,7 @@ class Server:
 
         Its kernels take the dynamic arguments and then the operator's ``statics`` constant ones, and bind
         those at each call: direct kernels use the caller's tensors as they are, so binding copies nothing. Where
-        that takes time all the same, a kernel has a form of its own for such calls (``Kernel.unprepared``).
+        that takes time all the same, a kernel is one of its own for such calls, measured as such (``kernel.Late``).
 
         Args:
             quicken: called once with a dispatch whose default kernel is the framework's own function of the

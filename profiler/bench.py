@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from dks.dispatch import pool
-from dks.dispatch.kernel import Inputs, Launch, Output, parts, source_digest
+from dks.dispatch.kernel import Inputs, Launch, Output, parts
 from dks.dispatch.modes import EAGER, GRAPH, MODES
 from dks.dispatch.problem import Candidate, Precision, Problem
+from dks.dispatch.sources import source_digest
 from dks.profiler.check import Checker, Verdict
 from dks.profiler.device import Device, Host, Replay, Uncapturable, copied, moved
 from dks.profiler.draws import tensors

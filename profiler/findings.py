@@ -52,7 +52,7 @@ class Finding:
 
     Attributes:
         errors: relative error of the worst row by draw: ``normal``, ``outliers`` and ``rows``.
-        digest: of the kernel's source.
+        digest: of the kernel's source; toolchain: what compiled it, empty where nothing is compiled.
     """
 
     status: str = "ok"
@@ -65,6 +65,7 @@ class Finding:
     energy_j: float | None = None
     energy_note: str = ""
     digest: str = ""
+    toolchain: str = ""
     measured_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 
@@ -207,6 +208,7 @@ def _row(header: Header, candidate: Candidate, finding: Finding, rounds: Sequenc
         environment=header.environment,
         measured_at=finding.measured_at,
         mode=header.mode,
+        toolchain=finding.toolchain,
     )
     if samples:
         clean = clean_samples(row)
@@ -241,6 +243,7 @@ def from_rows(rows: Iterable[Measurement]) -> Findings:
             energy_j=row.energy_j,
             energy_note=row.energy_note,
             digest=row.kernel_digest,
+            toolchain=row.toolchain,
             measured_at=row.measured_at,
         )
         samples = zip(row.rounds, row.samples_ns, row.processes, row.disturbed, strict=True)

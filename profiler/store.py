@@ -20,9 +20,10 @@ from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import JOURNAL, Measurement, is_ours, read_rows, sync_folder, write_rows
-from dks.dispatch.kernel import source_digest
 from dks.dispatch.modes import EAGER
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.sources import source_digest
+from dks.dispatch.toolchain import holds, toolchain
 from dks.profiler import journal
 from dks.profiler.findings import (
     Contest,
@@ -88,6 +89,7 @@ class Store:
         self._headers: dict[Contest, tuple[str, float]] = {}
         self._dirty: set[Contest] = set()
         self._digests = {id: source_digest(kernel) for id, kernel in pool.kernels().items()}
+        self._toolchains = {id: toolchain(kernel) for id, kernel in pool.kernels().items()}
         self._load()
         if self._drop_changed_kernels():
             # Before anything new is measured: a kill must not leave new findings beside old times.
@@ -148,7 +150,8 @@ class Store:
         """Keep findings of several candidates, as one does. Raises OSError."""
         records = []
         for candidate, finding in findings.items():
-            finding.digest = self._digests[Candidate.parse(candidate).kernel]
+            kernel = Candidate.parse(candidate).kernel
+            finding.digest, finding.toolchain = self._digests[kernel], self._toolchains[kernel]
             record = {"do": "found", **_named(contest), "candidate": candidate}
             records.append({**record, "finding": dataclasses.asdict(finding)})
         self._writer.append(*records)
@@ -286,8 +289,9 @@ class Store:
             yield {"do": "rounds", **_named(contest), "rounds": rounds_to_json(self._findings[contest].rounds)}
 
     def _drop_changed_kernels(self) -> bool:
-        """Forget, one by one, what was measured of a kernel whose source is another one now; whether any was."""
-        dropped: dict[str, int] = {}
+        """Forget, one by one, what was measured of a kernel whose source is another one now, or would be compiled
+        by other tools; whether any was."""
+        dropped: dict[tuple[str, str], int] = {}
         gone = [contest for contest in self._findings if contest.problem.op not in pool.operators()]
         for contest in gone:
             del self._findings[contest]
@@ -296,18 +300,23 @@ class Store:
             default = pool.operator(contest.problem.op).default
             for name, finding in list(findings.found.items()):
                 kernel = Candidate.parse(name).kernel
-                # Older versions' errors are those of whole outputs, and say nothing of single rows.
-                by_rows = finding.status != "ok" or finding.declines_rows or "rows" in finding.errors
-                if finding.digest != self._digests.get(kernel) or not by_rows:
+                if why := self._changed(kernel, finding):
                     findings.forget(name, default)
-                    dropped[kernel] = dropped.get(kernel, 0) + 1
+                    dropped[kernel, why] = dropped.get((kernel, why), 0) + 1
                     self._dirty.add(contest)
-        for kernel, count in sorted(dropped.items()):
-            self.notes.append(
-                f"new session: the source of {kernel} changed, or its errors were not taken a row; its {count} "
-                "results are measured again"
-            )
+        for (kernel, why), count in sorted(dropped.items()):
+            self.notes.append(f"new session: {kernel}: {why}; its {count} results are measured again")
         return bool(dropped)
+
+    def _changed(self, kernel: str, finding: Finding) -> str:
+        """What is other now than when a kernel was measured, in words; empty where nothing is."""
+        if finding.digest != self._digests.get(kernel):
+            return "its source changed"
+        if not holds(finding.toolchain, now := self._toolchains[kernel]):
+            return f"measured with {finding.toolchain or 'no compiler'}, found {now}"
+        if finding.status == "ok" and not finding.declines_rows and "rows" not in finding.errors:
+            return "its errors are those of whole outputs, and say nothing of single rows"
+        return ""
 
 
 def _named(contest: Contest) -> dict[str, str]:

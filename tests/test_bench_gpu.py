@@ -43,7 +43,7 @@ from dks.profiler.config import load
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
-PLACE = Environment("cuda", "Some GPU 8 SMs", "sm_90", "1.0", "2.11", "cuda-13", "none")
+PLACE = Environment("cuda", "Some GPU 8 SMs", "sm_90", "1.0", "2.11", "cuda-13", "none", "none", "")
 
 
 class FakeCuda:

@@ -224,6 +224,24 @@ def test_a_bad_package_never_replaces_what_serves(
     assert stats[-1]["kernels"] == 2
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"OMP_WAIT_POLICY": "passive"}, "OMP_WAIT_POLICY: found PASSIVE, expected its default"),
+        ({"OMP_PLACES": " {0}, {1} "}, "OMP_PLACES: found {0},_{1}, expected its default"),
+        ({"OMP_PROC_BIND": "false", "OMP_DYNAMIC": "0", "MKL_CBWR": "COMPATIBLE"}, ""),  # no MKL here
+    ],
+)
+def test_openmp_as_it_was_not_when_the_table_was_measured_is_refused_by_name(
+    server: Path, packages: dict[str, Path], variables: dict[str, str], said: str
+) -> None:
+    words = [server, next(iter(packages.values())), "3", str(torch.get_num_threads())]
+    done = subprocess.run(
+        words, input="16\n", env={"PATH": "", **variables}, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == (2 if said else 0) and said in done.stderr, done.stderr
+
+
 def test_other_threads_than_were_measured_with_are_refused(server: Path, packages: dict[str, Path]) -> None:
     wrong = torch.get_num_threads() + 1
     done = subprocess.run(

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -226,6 +227,23 @@ class Package {
         refuse(folder + ": isa", "a CPU without " + one, data_->isa);
     if (std::to_string(threads) != data_->threads)
       refuse(folder + ": threads", std::to_string(threads), data_->threads);
+    // What else dks/dispatch/switches.py knows is read by PyTorch's libraries, and none of them runs here.
+    for (const Switch* one = data_->switches; one != data_->switches + data_->switch_count; ++one) {
+      const std::string here = value_of(*one), measured = one->value;
+      if (here != measured)
+        refuse(folder + ": " + one->name, here.empty() ? "its default" : here, measured.empty() ? "its default" : measured);
+    }
+  }
+
+  // In this process, as switches.py writes it: one word in capitals, empty at its default.
+  static std::string value_of(const Switch& one) {
+    const char* text = std::getenv(one.name);
+    std::istringstream words(text == nullptr ? "" : text);
+    std::string value;
+    for (std::string word; words >> word;) value += (value.empty() ? "" : "_") + word;
+    for (char& letter : value)
+      if (letter >= 'a' && letter <= 'z') letter = static_cast<char>(letter - 'a' + 'A');
+    return std::string(one.defaults).find(" " + value + " ") == std::string::npos ? value : "";
   }
 
   // What /proc/cpuinfo says of the first processor.

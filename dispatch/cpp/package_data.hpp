@@ -7,7 +7,7 @@
 namespace dks {
 
 // Of everything below. A library of another version is refused.
-inline constexpr std::int32_t package_abi = 1;
+inline constexpr std::int32_t package_abi = 2;
 
 enum class Kind : std::int32_t { linear = 0, norm = 1, softmax = 2, decode = 3 };
 
@@ -25,6 +25,13 @@ struct Kernel {
   std::int32_t panel, group, step;
 };
 
+// A variable that OpenMP reads, and what it was when the table was measured.
+struct Switch {
+  const char* name;
+  const char* value;     // in capitals; empty at its default
+  const char* defaults;  // other words for that, each between blanks
+};
+
 // What a package says of itself.
 struct PackageData {
   std::int32_t abi;        // first in every version
@@ -38,6 +45,8 @@ struct PackageData {
   const Kernel* kernels;
   std::int32_t kernel_count;
   const std::int32_t* kernel_of;  // by rule: a kernel's index, -1 for kernels that are not generated ones
+  const Switch* switches;
+  std::int32_t switch_count;
 };
 
 }  // namespace dks

@@ -146,6 +146,11 @@ def version() -> str:
         return ""
 
 
+def described() -> str:
+    """Triton with its version, as evidence has it; or why there is none."""
+    return _no_triton() or f"triton {version()}"
+
+
 def _no_triton() -> str:
     return "" if version() else "no Triton here: install dks[gpu], or triton>=3.6"
 

@@ -9,8 +9,9 @@ from statistics import median
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.evidence import Measurement
-from dks.dispatch.kernel import source_digest
 from dks.dispatch.problem import Candidate, Problem
+from dks.dispatch.sources import source_digest
+from dks.dispatch.toolchain import toolchain
 
 ENVIRONMENT = Environment(
     device="cpu",
@@ -20,6 +21,8 @@ ENVIRONMENT = Environment(
     torch="2.13.0+cpu",
     libraries="mkl-2024.2+onednn-3.12.0",
     threads="2",
+    capability="AVX2",
+    switches="",
 )
 
 
@@ -73,5 +76,6 @@ def row(
         "kernel_digest": source_digest(kernel) if kernel else "",
         "environment": json.dumps(ENVIRONMENT.to_dict(), sort_keys=True),
         "measured_at": "2026-01-01T00:00:00+00:00",
+        "toolchain": toolchain(kernel) if kernel else "",
     }
     return Measurement(**{**fields, **more})  # type: ignore[arg-type]

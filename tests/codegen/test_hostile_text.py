@@ -24,7 +24,7 @@ from dks.dispatch import pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement, _check_row
-from dks.dispatch.kernel import source_digest
+from dks.dispatch.sources import source_digest
 from dks.dispatch.table import Group, Rule, Table
 from dks.dispatch.tiles.unit import Unit
 from tests.codegen.rows import ENVIRONMENT, row

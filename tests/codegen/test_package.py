@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from dks.codegen import package as packaging
+from dks.codegen.cli import check
 from dks.codegen.lut import Lut
 from dks.codegen.package import build, check_destination, check_package_name, render
 from dks.codegen.policy import Policy
 from dks.codegen.select import select
-from dks.dispatch import manifest
+from dks.dispatch import manifest, pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import Measurement
@@ -240,3 +241,59 @@ def test_a_kernel_whose_source_changed_loses_its_entries_alone(
         module = importlib.import_module("pack_dead")
     assert "may not run" in module.explain("linear", m=256, n=64, k=32).reason
     assert module.explain("linear", m=16, n=64, k=32).match == "exact", "torch.addmm is as it was"
+
+
+def compiled_rows() -> list[Measurement]:
+    """A table of them chooses a generated kernel."""
+    return here([row("torch.linear", 100.0), row(COMPILED, 10.0)])
+
+
+COMPILED = pool.kernels()["tile.f32_avx2"].candidates()[0].id
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_choice_is_shipped_only_as_the_compiler_made_it_that_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "g++"
+    fake.write_text("#!/bin/sh\necho 'g++ (Some) 99.1'\n")
+    fake.chmod(0o755)
+    rows = compiled_rows()
+    lut = select(rows, Policy())
+    assert COMPILED in lut.candidates() and list(lut.toolchains) == ["tile.f32_avx2"]
+    measured = lut.toolchains["tile.f32_avx2"]
+    with monkeypatch.context() as other:
+        other.setenv("CXX", str(fake))
+        with pytest.raises(BadInput) as refused:
+            build(lut, rows, tmp_path / "out", "pack_other")
+        said = str(refused.value)
+        assert f"tile.f32_avx2: found it measured with {measured}, expected what would compile it here" in said
+        assert "g++ (Some) 99.1, flags " in said and "run dks-profile again" in said
+        assert not (tmp_path / "out").exists()
+        # A table that chooses nothing compiled asks nobody.
+        build(made_lut(), made_rows(), tmp_path / "out", "pack_plain")
+    old = [dataclasses.replace(each, toolchain="unknown") for each in rows]
+    with pytest.raises(BadInput, match="measured with unknown"):
+        build(select(old, Policy()), old, tmp_path / "out", "pack_old")
+    more = [row("torch.linear", 100.0, problem(16)), row(COMPILED, 10.0, problem(16), toolchain="g++ 9")]
+    mixed = [*rows, *here(more)]
+    with pytest.raises(BadInput, match=r"results measured with .* and with g\+\+ 9, expected one"):
+        select(mixed, Policy())
+
+
+def test_a_package_says_what_compiled_it_and_serving_asks_for_no_compiler(
+    importable: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if pool.kernels()["tile.f32_avx2"].unavailable():
+        pytest.skip("no such kernels here")
+    rows = compiled_rows()
+    lut = select(rows, Policy())
+    folder = build(lut, rows, importable, "pack_tools").folder
+    assert read_manifest(folder).toolchains == lut.toolchains
+    monkeypatch.setenv("CXX", str(importable / "gone"))
+    monkeypatch.setenv("PATH", "")
+    module = importlib.import_module("pack_tools")
+    explained = str(module.explain("linear", m=8, n=64, k=32))
+    assert f"compiled     measured and shipped with {lut.toolchains['tile.f32_avx2']}" in explained
+    assert check.callback(folder) == 0  # type: ignore[misc]
+    assert f"tile.f32_avx2: measured and compiled with {lut.toolchains['tile.f32_avx2']}" in capsys.readouterr().out

@@ -32,6 +32,7 @@ from dks.dispatch.ops.linear.pair import linear_then_activation
 from dks.dispatch.ops.paged_attention import serve as paged
 from dks.dispatch.problem import Precision
 from dks.dispatch.runtime import FORKED, Runtime
+from dks.dispatch.switches import switches
 from dks.dispatch.watch import Watch
 from tests.dispatch import pretended
 
@@ -394,7 +395,8 @@ def test_a_layer_on_a_gpu_is_bound_to_a_table_of_gpus_that_comes_later(
 
 
 GPU = Environment(
-    "cuda", "NVIDIA H200 132 SMs", "sm_90", "580.1", str(torch.__version__), "cuda-None+cudnn-None", "none"
+    *("cuda", "NVIDIA H200 132 SMs", "sm_90", "580.1", str(torch.__version__), "cuda-None+cudnn-None"),
+    *("none", "none", switches("cuda", {})),
 )
 
 

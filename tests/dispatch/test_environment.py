@@ -14,7 +14,7 @@ from dks.dispatch import compiler, environment
 from dks.dispatch.environment import UNKNOWN, Environment
 
 FIELDS = [field.name for field in fields(Environment)]
-ONE = Environment(**{name: f"some {name}" for name in FIELDS})
+ONE = Environment(**{name: f"some {name}" for name in FIELDS} | {"switches": "MKL_CBWR=AVX2"})
 
 
 def test_this_machine_fits_itself() -> None:
@@ -93,17 +93,36 @@ def test_a_sandbox_without_the_modules_file_is_asked_through_nvml(tmp_path: Path
     assert environment._driver(tmp_path / "none", str(library)) == said
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "switches"])
 def test_any_field_that_differs_is_named(name: str) -> None:
-    other = dataclasses.replace(ONE, **{name: "other"})
-    assert ONE.diff(other) == [f"{name}: some {name} != other"]
-    assert other.diff(ONE) == [f"{name}: other != some {name}"]
+    other, by = (
+        dataclasses.replace(ONE, **{name: "other"}),
+        " (ATEN_CPU_CAPABILITY sets it)" * (name == "capability"),
+    )
+    assert ONE.diff(other) == [f"{name}: some {name} != other{by}"]
+    assert other.diff(ONE) == [f"{name}: other != some {name}{by}"]
+
+
+def test_each_switch_that_differs_is_named() -> None:
+    one = dataclasses.replace(ONE, switches="MKL_CBWR=AVX2 OMP_PLACES=CORES OMP_WAIT_POLICY=ACTIVE")
+    other = dataclasses.replace(ONE, switches="MKL_CBWR=AVX2 OMP_WAIT_POLICY=PASSIVE")
+    assert one.diff(other) == ["OMP_PLACES: CORES != its default", "OMP_WAIT_POLICY: ACTIVE != PASSIVE"]
+    assert other.diff(one) == ["OMP_PLACES: its default != CORES", "OMP_WAIT_POLICY: PASSIVE != ACTIVE"]
+    assert one.diff(one) == []
+
+
+def test_what_earlier_versions_did_not_write_is_unknown() -> None:
+    data = {name: value for name, value in ONE.to_dict().items() if name not in ("capability", "switches")}
+    old = Environment.from_dict(data)
+    assert (old.capability, old.switches) == (UNKNOWN, UNKNOWN)
+    assert [line.partition(":")[0] for line in old.diff(old)] == ["capability", "switches"]
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_unknown_equals_nothing_itself_included(name: str) -> None:
     unknown = dataclasses.replace(ONE, **{name: UNKNOWN})
-    assert unknown.diff(unknown) == [f"{name}: unknown != unknown"]
+    by = " (ATEN_CPU_CAPABILITY sets it)" * (name == "capability")
+    assert unknown.diff(unknown) == [f"{name}: unknown != unknown{by}"]
     assert len(ONE.diff(unknown)) == len(unknown.diff(ONE)) == 1
 
 

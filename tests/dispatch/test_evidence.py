@@ -159,7 +159,7 @@ def test_a_failed_write_leaves_the_old_file(
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
-SINCE = {"mode": 3, "error_rows": 4, "declines_rows": 4}
+SINCE = {"mode": 3, "error_rows": 4, "declines_rows": 4, "toolchain": 4}
 
 
 def write_version(version: int, path: Path, rows: list[Measurement]) -> None:
@@ -176,7 +176,7 @@ def test_files_of_older_versions_read_and_say_nothing_of_rows(
     path = tmp_path / "a.parquet"
     write_version(version, path, rows)
     read = read_rows(path)
-    assert read == [dataclasses.replace(row, error_rows=None) for row in rows]
+    assert read == [dataclasses.replace(row, error_rows=None, toolchain="unknown") for row in rows]
     assert {row.mode for row in read} == {"eager"} and not any(map(judged_by_rows, read))
     assert all(map(judged_by_rows, rows)) and is_ours(path)
 
@@ -184,13 +184,9 @@ def test_files_of_older_versions_read_and_say_nothing_of_rows(
 def test_each_version_has_its_own_columns_and_modes_have_names(tmp_path: Path, rows: list[Measurement]) -> None:
     path = tmp_path / "a.parquet"
     whole = pa.table({name: [getattr(row, name) for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
-    for version, table in (
-        (b"2", whole),
-        (b"3", whole.drop_columns(["mode"])),
-        (b"4", whole.drop_columns(["mode"])),
-    ):
+    for version, table in ((b"2", whole), (b"3", whole), (b"4", whole.drop_columns(["toolchain"]))):
         write_bound(path, table.replace_schema_metadata({b"dks.schema": version}))
-        with pytest.raises(BadInput, match=r"other columns than expected: .*mode: string"):
+        with pytest.raises(BadInput, match=r"other columns than expected: .*toolchain: string"):
             read_rows(path)
     write_rows(path, [dataclasses.replace(rows[0], mode="graph")])
     assert read_rows(path)[0].mode == "graph"

@@ -21,7 +21,7 @@ from dks.dispatch.choice import Choice
 from dks.dispatch.evidence import read_run
 from dks.dispatch.gpu.cublaslt import build, library
 from dks.dispatch.gpu.launch import LaunchFailed, Misaligned
-from dks.dispatch.kernel import Declined, Kernel, Params, source_digest
+from dks.dispatch.kernel import Declined, Kernel, Params
 from dks.dispatch.manifest import CUBLASLT, intact
 from dks.dispatch.modes import EAGER
 from dks.dispatch.ops.linear.cublaslt_linear import algorithm_of, params_of
@@ -164,17 +164,6 @@ def test_what_is_missing_is_said(fake: Fake, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(library, "_locate", library._nowhere)
     with pytest.raises(Missing, match="no loaded package ships what opens it"):
         bound(problem(), ())
-
-
-def test_a_digest_is_that_of_the_c_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dks.dispatch import kernel
-
-    before = source_digest(KERNEL)
-    (tmp_path / "cublaslt").mkdir()
-    for name in library.SOURCES:
-        (tmp_path / "cublaslt" / name).write_text("")
-    monkeypatch.setattr(kernel, "_GPU", tmp_path)
-    assert source_digest(KERNEL) != before
 
 
 def test_a_worker_searches_and_survives_what_cannot(fake: Fake, capfd: pytest.CaptureFixture[str]) -> None:

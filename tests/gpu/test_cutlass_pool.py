@@ -19,7 +19,6 @@ from dks.codegen.kernels import chosen_configurations, describe, ship_configurat
 from dks.codegen.lut import Lut
 from dks.codegen.policy import Policy
 from dks.codegen.select import select
-from dks.dispatch import kernel as kernels
 from dks.dispatch import loader, native, pool
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
@@ -29,7 +28,7 @@ from dks.dispatch.gpu.cutlass import build, configuration, library
 from dks.dispatch.gpu.cutlass.configuration import Configuration
 from dks.dispatch.gpu.launch import ContextLost, LaunchFailed, Misaligned, Plan, Step
 from dks.dispatch.gpu.library import Steps
-from dks.dispatch.kernel import Declined, Kernel, relative_error, source_digest
+from dks.dispatch.kernel import Declined, Kernel, relative_error
 from dks.dispatch.manifest import CUTLASS, MANIFEST, intact
 from dks.dispatch.native import build as native_build
 from dks.dispatch.ops.linear.cutlass_linear import KERNELS
@@ -229,18 +228,6 @@ def test_nothing_is_launched_before_the_kernel_agrees(
     with pytest.raises(Misaligned):
         run(odd)
     assert len(fake.calls("launch")) == 1 and told.runs == 1
-
-
-def test_a_kernels_digest_is_that_of_its_templates_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = pool.kernels()["cutlass.multistage"]
-    before, other = source_digest(kernel), source_digest(pool.kernels()["triton.matmul"])
-    (tmp_path / "cutlass").mkdir()
-    for name in configuration.SOURCES:
-        (tmp_path / "cutlass" / name).write_text((configuration.HERE / name).read_text())
-    monkeypatch.setattr(kernels, "_GPU", tmp_path)
-    assert source_digest(kernel) == before
-    (tmp_path / "cutlass" / "hopper.cu.j2").write_text("")
-    assert source_digest(kernel) != before and source_digest(pool.kernels()["triton.matmul"]) == other
 
 
 def test_the_pool_has_every_configuration_of_the_default_sweep() -> None:

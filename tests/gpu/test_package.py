@@ -37,7 +37,7 @@ from tests.dispatch import pretended
 from tests.gpu.conftest import Fake
 
 HOPPER = Environment(
-    "cuda", "NVIDIA H200 132 SMs", "sm_90", "580.1", "2.11.0+cu130", "cuda-13.0+cudnn-91002", "none"
+    "cuda", "NVIDIA H200 132 SMs", "sm_90", "580.1", "2.11.0+cu130", "cuda-13.0+cudnn-91002", "none", "none", ""
 )
 TRAITS = {"dtype": "bfloat16", "bias": "no", "epilogue": "none"}
 N, K = 64, 1024
@@ -144,16 +144,18 @@ def test_from_import_to_launch_on_tensors_of_a_gpu(
         layer = server.prepare(weight)
         assert len(fake.calls("load")) == 3, "code is loaded before the first request"
         room = torch.zeros(64 * K + 1, dtype=torch.bfloat16)
-        for call in (layer, layer, lambda x: server.call(x, weight), lambda x: server.call(x, weight)):
+        # Calls without preparation are the framework's: no sweep measured such a form of these kernels.
+        for call, launches in ((layer, 3), (layer, 3), (lambda x: server.call(x, weight), 0)):
             before = len(fake.calls("launch"))
             assert call(room[:-1].view(64, K)).shape == (64, N) and call(room[:K].view(1, K)).shape == (1, N)
             launched = fake.calls("launch")[before:]
-            assert len(launched) == 3 and sum(weight.data_ptr() in numbers for _, numbers in launched) == 2
+            assert len(launched) == launches
+            assert sum(weight.data_ptr() in numbers for _, numbers in launched) == (2 if launches else 0)
         assert call(room[1:].view(64, K)).shape == (64, N), "by the framework"
         assert layer(room[1:].view(64, K)).shape == (64, N)
     found = runtime.stats()
     assert found["table"] == "serving" and set(found["lookup"].values()) == {"compiled"} and not found["failed"]
-    assert found["ops"]["linear"] == {"hits": {"exact": 8}, "fallbacks": {"misaligned": 2}}
+    assert found["ops"]["linear"] == {"hits": {"exact": 6, "nearest": 1}, "fallbacks": {"misaligned": 1}}
 
 
 def test_without_a_driver_a_launch_says_so_and_the_framework_can_serve(built: Built) -> None:
@@ -164,11 +166,11 @@ def test_without_a_driver_a_launch_says_so_and_the_framework_can_serve(built: Bu
         run(torch.zeros(2, K, dtype=torch.bfloat16))
 
 
-def test_calls_without_preparation_take_the_same_kernels() -> None:
+def test_calls_without_preparation_take_what_was_measured_without_it() -> None:
     chosen = {
         form: {rule.candidate for rule in lut().rules if rule.form == form} for form in ("prepared", "direct")
     }
-    assert chosen["direct"] == chosen["prepared"] == {FEW, MANY}
+    assert chosen == {"prepared": {FEW, MANY}, "direct": {"torch.linear"}}
 
 
 def test_strict_mode_asks_for_the_programs_of_each_entry(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:

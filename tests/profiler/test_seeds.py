@@ -19,7 +19,7 @@ from dks.profiler.config import Measure, OperatorSweep, Sweep
 from dks.profiler.problems import WeightedProblem
 from dks.profiler.seeds import NoSeeds, Ranked, Shape, Tile, distance, expressed, lacking, ordered, seeded, tile_of
 
-H200 = Environment("cuda", "NVIDIA H200 132 SMs", "sm_90", "580", "2.11.0+cu130", "cuda-13.0", "none")
+H200 = Environment("cuda", "NVIDIA H200 132 SMs", "sm_90", "580", "2.11.0+cu130", "cuda-13.0", "none", "none", "")
 OWN = (tile(128, 128, 64, 8, 4), tile(64, 64, 64, 4, 5), tile(16, 64, 128, 4, 4, split=8))
 FOUND = Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from dks.dispatch import pool
+from dks.dispatch.environment import UNKNOWN
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import read_rows, read_run
 from dks.dispatch.problem import Problem
@@ -160,8 +161,34 @@ def test_a_kernel_whose_source_changed_is_measured_again_and_nothing_else(
     machine = FakeMachine()
     outcome = sweep(config, folder, machine)
     assert {candidate for _, candidate in machine.checked} == {"torch.linear_inplace"}
-    assert any("source of torch.linear_inplace changed" in note for note in outcome.notes)
+    assert any("torch.linear_inplace: its source changed" in note for note in outcome.notes)
     assert sweep(config, folder).measured == 0
+
+
+def test_a_kernel_that_another_compiler_would_make_is_measured_again_and_nothing_else(
+    config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = "torch.linear_inplace"  # stands for one that compiles something
+
+    def compile_with(tools: str) -> None:
+        monkeypatch.setattr(store_module, "toolchain", lambda kernel: tools if kernel.id == compiled else "")
+
+    compile_with("g++ 12.2")
+    sweep(config, folder)
+    assert sweep(config, folder).measured == 0
+    compile_with("g++ 13.1")
+    machine = FakeMachine()
+    outcome = sweep(config, folder, machine)
+    assert {candidate for _, candidate in machine.checked} == {compiled}
+    assert any(f"{compiled}: measured with g++ 12.2, found g++ 13.1; its " in note for note in outcome.notes)
+    assert {(row.candidate == compiled, row.toolchain) for row in read_run(folder)} == {
+        (True, "g++ 13.1"),
+        (False, ""),
+    }
+    assert sweep(config, folder).measured == 0
+    compile_with(UNKNOWN)
+    for _ in range(2):
+        assert any("found unknown" in note for note in sweep(config, folder).notes), "unknown equals nothing"
 
 
 def test_another_environment_begins_a_new_session_and_keeps_the_old_one(config: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dks.dispatch import trust
-from dks.dispatch.compiler import failure, run_compiler
+from dks.dispatch.compiler import digest_of, failure, run_compiler
 from dks.dispatch.gpu.cutlass.configuration import HERE, Configuration
 from dks.dispatch.gpu.cutlass.memory import Job, available, run_within
 from dks.dispatch.tiles.build import CACHE, cache, distrust
@@ -194,6 +194,15 @@ def nvcc_version() -> str:
     """nvcc and what it says of its version: another one makes other code."""
     nvcc, reason = find_nvcc()
     return reason if nvcc is None else _version(nvcc)
+
+
+def described() -> str:
+    """nvcc and CUTLASS with versions and a digest of the flags, as evidence has them; or why there are none."""
+    nvcc, reason = find_nvcc()
+    if nvcc is None:
+        return reason
+    said = _version(nvcc).splitlines()[-1]  # the line that names the build
+    return f"nvcc {said}, flags {digest_of((*FLAGS, *LINK))}, cutlass {_cutlass_version()}"
 
 
 @lru_cache

@@ -8,12 +8,16 @@ from dks.dispatch.gpu import call, rows
 from dks.dispatch.gpu.call import Buffer, Recipe, bound, buffer, given, number, steps
 from dks.dispatch.gpu.elements import EXACTNESS, class_of
 from dks.dispatch.gpu.program import Program
-from dks.dispatch.kernel import Kernel, Params, Run
+from dks.dispatch.kernel import Kernel, Late, Params, Run
 from dks.dispatch.problem import Problem
 
 
-def layer_norm(align: int) -> Kernel:
-    """The kernel ``triton.layer_norm``, of 16-byte alignment, or the one for less, where ``align`` is 0."""
+def layer_norm(align: int, late: bool = False) -> Kernel:
+    """The kernel ``triton.layer_norm``, of 16-byte alignment, or ``triton.layer_norm_scalar`` where ``align`` is 0.
+
+    Args:
+        late: for calls without preparation: ``triton.layer_norm_direct`` and ``triton.layer_norm_direct_scalar``.
+    """
 
     def programs(problem: Problem, params: Params) -> tuple[Program, ...]:
         dtype, affine = problem.trait("dtype"), problem.trait("affine") == "yes"
@@ -56,22 +60,22 @@ def layer_norm(align: int) -> Kernel:
         return bound(recipe(problem, params, more, (*constants, "number")))  # type: ignore[return-value]
 
     return Kernel(
-        id="triton.layer_norm" if align else "triton.layer_norm_scalar",
+        id="_".join(["triton.layer_norm", *(["direct"] if late else []), *([] if align else ["scalar"])]),
         op="layer_norm",
         precision=EXACTNESS,
-        bind=bind,
-        form="the addresses of weight and bias",  # a form, since binding takes longer than a small call
-        form_bytes=lambda _: 16,
+        bind=Late(unprepared) if late else bind,
+        # A form, since binding takes longer than a small call.
+        form="" if late else "the addresses of weight and bias",
+        form_bytes=lambda _: 0 if late else 16,
         reads_in_place=True,
-        unprepared=unprepared,
         params=rows.PARAMS,
         programs=programs,
         sources=("rows.py",),
         align=align,
         suits=lambda problem, params: rows.suits(params, problem.dim("n")),
-        rank=20 if align else 21,
+        rank=(20 if align else 21) + 2 * late,
         devices=("cuda",),
     )
 
 
-KERNELS = (layer_norm(16), layer_norm(0))
+KERNELS = (layer_norm(16), layer_norm(0), layer_norm(16, late=True), layer_norm(0, late=True))

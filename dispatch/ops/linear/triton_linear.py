@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from dks.dispatch.gpu import call, gemv, matmul, quantize
+from dks.dispatch.gpu import gemv, matmul, quantize
 from dks.dispatch.gpu.call import Buffer, Recipe, Steps, Value, bound, buffer, given, rows, steps
 from dks.dispatch.gpu.program import Program
 from dks.dispatch.kernel import Kernel, Params, Run
@@ -62,26 +62,9 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
             "weight_scale": 0 if scale is None else scale,
             "bias": 0 if bias is None else bias.detach().contiguous(),
         }
-        return run(problem, params, constants, (), weight.device)
+        return run(problem, params, constants, weight.device)
 
-    def unprepared(problem: Problem, params: Params) -> Run:
-        """run(x[, residual], weight, bias); see ``bind``."""
-        dtype, first = problem.trait("dtype"), 2 if problem.trait("epilogue") == "add" else 1
-        has_bias = problem.trait("bias") == "yes"
-        constants: dict[str, Value] = {
-            "weight": given(first),
-            "weight_scale": 0,
-            "bias": given(first + 1) if has_bias else 0,
-        }
-        return run(problem, params, constants, (dtype, dtype if has_bias else "none"), torch.device(call.DEVICE))
-
-    def run(
-        problem: Problem,
-        params: Params,
-        constants: dict[str, Value],
-        more: tuple[str, ...],
-        device: torch.device,
-    ) -> Run:
+    def run(problem: Problem, params: Params, constants: dict[str, Value], device: torch.device) -> Run:
         n, k, dtype = problem.dim("n"), problem.dim("k"), problem.trait("dtype")
         adds = problem.trait("epilogue") == "add"
         buffers = [Buffer(last=n)]
@@ -108,7 +91,7 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
             if size:
                 values["workspace"] = buffer(len(buffers))
                 buffers.append(Buffer(last=size // 4, dtype="float32", returned=False, leading=leading))
-        inputs = ((dtype, dtype) if adds else (dtype,)) + more
+        inputs = (dtype, dtype) if adds else (dtype,)
         recipe = Recipe(inputs, (*launched, *steps(product(problem, params), values)), tuple(buffers))
         return bound(recipe, device=device)  # type: ignore[return-value]
 
@@ -129,7 +112,6 @@ def linear(family: str, align: int, form: str = "", rank: int = 20) -> Kernel:
         form=f"{form} weight, a scale a channel" if form else "the address of the weight",
         form_bytes=lambda p: p.dim("n") * (p.dim("k") + 4) if form else 8,
         reads_in_place=not form,
-        unprepared=None if form else unprepared,
         params=module.params_for(form or "bfloat16", align or 1),
         programs=programs,
         sources=(*(f"{each}.py" for each in ("matmul", "gemv", "streamk")), *(("quantize.py",) if form else ())),

@@ -8,15 +8,19 @@ from dks.dispatch.gpu import call, rows
 from dks.dispatch.gpu.call import Buffer, Recipe, bound, buffer, given, number, steps
 from dks.dispatch.gpu.elements import EXACTNESS, class_of
 from dks.dispatch.gpu.program import Program
-from dks.dispatch.kernel import Kernel, Launch, Params
+from dks.dispatch.kernel import Kernel, Late, Launch, Params
 from dks.dispatch.problem import Problem
 
 EPSILON = torch.finfo(torch.float32).eps
 """Of a call that names none: torch takes float32's for 16-bit types too, since it computes in float32."""
 
 
-def rms_norm(align: int) -> Kernel:
-    """The kernel ``triton.rms_norm``, of 16-byte alignment, or ``triton.rms_norm_scalar``, where ``align`` is 0."""
+def rms_norm(align: int, late: bool = False) -> Kernel:
+    """The kernel ``triton.rms_norm``, of 16-byte alignment, or ``triton.rms_norm_scalar`` where ``align`` is 0.
+
+    Args:
+        late: for calls without preparation: ``triton.rms_norm_direct`` and ``triton.rms_norm_direct_scalar``.
+    """
 
     def programs(problem: Problem, params: Params) -> tuple[Program, ...]:
         dtype = problem.trait("dtype")
@@ -59,22 +63,22 @@ def rms_norm(align: int) -> Kernel:
         return bound(recipe(problem, params, more, (problem.trait("dtype") if affine else "none", "number")))
 
     return Kernel(
-        id="triton.rms_norm" if align else "triton.rms_norm_scalar",
+        id="_".join(["triton.rms_norm", *(["direct"] if late else []), *([] if align else ["scalar"])]),
         op="rms_norm",
         precision=EXACTNESS,
-        bind=bind,
-        form="the address of the weight",  # a form, since binding takes longer than a small call
-        form_bytes=lambda _: 8,
+        bind=Late(unprepared) if late else bind,
+        # A form, since binding takes longer than a small call.
+        form="" if late else "the address of the weight",
+        form_bytes=lambda _: 0 if late else 8,
         reads_in_place=True,
-        unprepared=unprepared,
         params=rows.PARAMS,
         programs=programs,
         sources=("rows.py",),
         align=align,
         suits=lambda problem, params: rows.suits(params, problem.dim("n")),
-        rank=20 if align else 21,
+        rank=(20 if align else 21) + 2 * late,
         devices=("cuda",),
     )
 
 
-KERNELS = (rms_norm(16), rms_norm(0))
+KERNELS = (rms_norm(16), rms_norm(0), rms_norm(16, late=True), rms_norm(0, late=True))
