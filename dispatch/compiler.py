@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from dks.dispatch import room
+
 COMPILERS = ("g++", "clang++", "c++")
 TIMEOUT = 300.0  # seconds
 
@@ -34,10 +36,16 @@ def find_compiler() -> tuple[list[str], str]:
     return [str(Path(found).absolute()), *words[1:]], ""
 
 
-def run_compiler(command: Sequence[str], folder: Path, timeout: float | None = None) -> tuple[int, str]:
-    """Exit code and output of a command in ``folder``; past so many seconds, or TIMEOUT, its group is killed."""
+def run_compiler(
+    command: Sequence[str], folder: Path, timeout: float | None = None, need: int = room.CXX_BYTES
+) -> tuple[int, str]:
+    """Exit code and output of a command in ``folder``; past so many seconds, or TIMEOUT, its group is killed.
+
+    It waits for a CPU and ``need`` bytes of memory to be free, so that no build takes more than there is.
+    """
     try:
-        return _run(command, folder, TIMEOUT if timeout is None else timeout)
+        with room.taken(need):
+            return _run(command, folder, TIMEOUT if timeout is None else timeout)
     except OSError as error:  # no program after all, such as a script without its first line
         return 126, f"{error.strerror}: {command[0]}"
 
@@ -80,8 +88,16 @@ def version() -> str:
 
 @lru_cache
 def _version(command: tuple[str, ...]) -> str:
-    code, output = run_compiler([*command, "--version"], Path("/"))
+    code, output = asked([*command, "--version"])
     return output.partition("\n")[0].strip() if code == 0 else "unknown"
+
+
+def asked(command: Sequence[str]) -> tuple[int, str]:
+    """Exit code and output of a command that compiles nothing, such as ``--version``: it waits for nobody."""
+    try:
+        return _run(command, Path("/"), TIMEOUT)
+    except OSError as error:
+        return 126, f"{error.strerror}: {command[0]}"
 
 
 def _run(command: Sequence[str], folder: Path, timeout: float) -> tuple[int, str]:

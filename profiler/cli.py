@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dks.dispatch import command_line, pool
+from dks.dispatch import command_line, pool, room
 from dks.dispatch.compiler import find_compiler
 from dks.dispatch.environment import Environment, private_cache_bytes
 from dks.dispatch.errors import BadInput
@@ -290,6 +290,10 @@ def doctor() -> int:
         _describe_gpu(name)
     command, lack = find_compiler()
     click.echo(f"{'compiler':>10}: {' '.join(command) or f'{lack}: generated kernels can not be measured'}")
+    click.echo(
+        f"{'compiling':>10}: at most {room.at_once(room.CXX_BYTES)} at once: {room.cpus()} CPUs and "
+        f"{room.memory() / 1e9:.1f} GB of memory may be used"
+    )
     click.echo(f"{'compiled':>10}: kept in {build.cache()}")
     table = Table(title="kernels")
     for column in ("operator", "kernel", "precision", "weight form", "device", "here"):

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from dks.dispatch import trust
-from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch import room, trust
+from dks.dispatch.compiler import asked, failure, find_compiler, run_compiler
 from dks.dispatch.tiles.library import Missing
 from dks.dispatch.tiles.unit import HEADERS, TEMPLATE, Unit
 
@@ -45,13 +45,13 @@ def distrust() -> str:
 
 
 def build(units: Iterable[Unit]) -> dict[str, str]:
-    """Compile what is not in the cache, on all cores.
+    """Compile what is not in the cache, as many at once as there is room for.
 
     Returns:
         Why it failed, by symbol, of each unit that has no compiled form now.
     """
     wanted = list(dict.fromkeys(units))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(room.at_once(room.CXX_BYTES)) as pool:
         return {unit.symbol: why for unit, why in zip(wanted, pool.map(_build_one, wanted), strict=True) if why}
 
 
@@ -155,7 +155,7 @@ def compiler_version() -> str:
 
 @lru_cache
 def _version(command: tuple[str, ...]) -> str:
-    code, output = run_compiler([*command, "--version"], Path("/"))
+    code, output = asked([*command, "--version"])
     return f"{' '.join(command)} {code} {output.partition(chr(10))[0]}"
 
 
