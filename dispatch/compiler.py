@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from dks.dispatch import room
+from dks.dispatch import room, trust
 
 COMPILERS = ("g++", "clang++", "c++")
 TIMEOUT = 300.0  # seconds
@@ -73,7 +73,7 @@ def build(out: Path, arguments: Sequence[str], files: Mapping[str, bytes] | None
             code, output = run_compiler([*compiler, *arguments, "-o", out.name], folder)
             if code != 0 or not made.is_file():
                 return failure(compiler, code, output)
-            made.chmod(0o755)
+            trust.tighten(made)
             made.replace(out)
     except OSError as error:
         return f"{out.parent}: {error.strerror or error}"

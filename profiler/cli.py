@@ -62,9 +62,13 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=click.Path(path_type=Path, readable=False))
 @click.option(
-    "-o", "--output", "folder", type=click.Path(path_type=Path), help="Run directory [runs/CONFIG's name]."
+    "-o",
+    "--output",
+    "folder",
+    type=click.Path(path_type=Path, readable=False),
+    help="Run directory [runs/CONFIG's name].",
 )
 @click.option("--device", help="cpu or cuda:0; overrides the config.")
 @click.option("--ops", help="Only these operators, separated by commas.")
@@ -165,7 +169,7 @@ def _progress() -> Iterator[Callable[[Event], None]]:
 
 
 @cli.command()
-@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path, readable=False))
 @click.option("--op", help="Only this operator.")
 def show(folder: Path, op: str | None) -> int:
     """Show the fastest candidate of each problem, its ratio to the default, and every failure.
@@ -294,7 +298,7 @@ def doctor() -> int:
         f"{'compiling':>10}: at most {room.at_once(room.CXX_BYTES)} at once: {room.cpus()} CPUs and "
         f"{room.memory() / 1e9:.1f} GB of memory may be used"
     )
-    click.echo(f"{'compiled':>10}: kept in {build.cache()}")
+    click.echo(f"{'compiled':>10}: {build.closed() or f'kept in {build.cache()}'}")
     table = Table(title="kernels")
     for column in ("operator", "kernel", "precision", "weight form", "device", "here"):
         table.add_column(column)
@@ -325,7 +329,7 @@ def _describe_gpu(name: str) -> None:
 
 
 @cli.command()
-@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path, readable=False))
 @click.option("--min-rounds", type=click.IntRange(2), default=10, show_default=True, help="As in a config.")
 @click.option("--max-rounds", type=click.IntRange(2), default=100, show_default=True, help="As in a config.")
 @click.option(

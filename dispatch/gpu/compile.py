@@ -171,6 +171,7 @@ def _build_one(workers: _Workers, program: Program, arch: int) -> str:
     if not why:
         try:
             made = _cubin(program, arch, answer, out.with_suffix(".cubin").read_bytes())
+            trust.tighten(out.with_suffix(".ptx"))
             out.with_suffix(".ptx").replace(path.with_suffix(".ptx"))
             cubins.write(made, path)
             out.with_suffix(".cubin").unlink()
@@ -179,7 +180,7 @@ def _build_one(workers: _Workers, program: Program, arch: int) -> str:
             why = f"the compiler made what can't be launched: {error}"
     if why:
         why = f"{program.symbol} does not compile for sm_{arch}: {_short(why, workers.folder)}"
-        path.with_suffix(".txt").write_text(why, encoding="utf-8")
+        trust.put(path.with_suffix(".txt"), why.encode())
     return why
 
 

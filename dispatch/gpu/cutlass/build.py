@@ -99,9 +99,9 @@ def locate(configuration: Configuration) -> Path:
     Raises:
         Missing: ``build`` has not made it, with the reason; or others may write to the folder.
     """
-    if why := distrust():
-        raise Missing(why)
     path = _path(configuration, ".so")
+    if why := distrust(path):
+        raise Missing(why)
     if path.is_file():
         return path
     failed = _path(configuration, ".txt")
@@ -161,7 +161,7 @@ def _build_one(configuration: Configuration) -> str:
         reason = f"{configuration.symbol} does not compile: {reason}"
         try:
             trust.make_folder(cache())
-            _path(configuration, ".txt").write_text(reason, encoding="utf-8")
+            trust.put(_path(configuration, ".txt"), reason.encode())
         except OSError as error:
             reason = f"{cache()}: can't be written ({error.strerror}); set {CACHE} to a folder that can"
     return reason
@@ -178,6 +178,8 @@ def _compile(configuration: Configuration) -> str:
                 code, output = run_compiler(step, folder, TIMEOUT, configuration.memory)
                 if code != 0:
                     return failure(step, code, output)
+            for made in ("kernel.o", "kernel.so"):
+                trust.tighten(folder / made)
             # The object first: a library without it would be taken as whole.
             (folder / "kernel.o").replace(_path(configuration, ".o"))
             (folder / "kernel.so").replace(_path(configuration, ".so"))
