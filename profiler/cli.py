@@ -29,6 +29,7 @@ from dks.profiler.findings import Contest
 from dks.profiler.forms import duration
 from dks.profiler.interference import Watch, default_sources
 from dks.profiler.isolation import environment_of
+from dks.profiler.look import look
 from dks.profiler.replay import replay as replay_run
 from dks.profiler.seeds import seeded
 from dks.profiler.sweep import Event, Outcome, run_sweep
@@ -172,12 +173,14 @@ def _progress() -> Iterator[Callable[[Event], None]]:
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path, readable=False))
 @click.option("--op", help="Only this operator.")
 def show(folder: Path, op: str | None) -> int:
-    """Show the fastest candidate of each problem, its ratio to the default, and every failure.
+    """Show the fastest candidate of each problem, its ratio to the default, and every failure. At any time: what a
+    sweep that is at work or was killed has acknowledged is shown as unfinished.
 
     \b
     dks-profile show runs/minilm --op linear
     """
-    rows = [row for row in read_run(folder) if row.op in pool.operators()]
+    found = look(folder)
+    rows = [row for row in found.rows if row.op in pool.operators()]
     if op is not None:
         try:
             pool.operator(op)
@@ -190,7 +193,9 @@ def show(folder: Path, op: str | None) -> int:
     for row in rows:
         contests.setdefault((row.problem, row.mode), []).append(row)
     problems = len({problem for problem, _ in contests})
-    table = Table(title=f"{folder}: {problems} problems, {len(rows)} candidates measured")
+    unfinished = {(contest.problem.id, contest.mode) for contest in found.unfinished}
+    title = f"{folder}: {problems} problems, {len(rows)} candidates measured"
+    table = Table(title=f"{title}\nunfinished: {found.state}" if found.state else title)
     texts = ("problem", "mode", "role", "class", "fastest")
     for column in (
         *texts,
@@ -200,14 +205,19 @@ def show(folder: Path, op: str | None) -> int:
         "error",
         "n",
         "processes",
+        *(("state",) if found.state else ()),
     ):
         table.add_column(column, justify="left" if column in texts else "right")
     for problem, mode in sorted(contests, key=lambda each: (_problem_order(each[0]), each[1])):
         for cells in _show_problem(problem, contests[problem, mode]):
-            table.add_row(*cells)
+            table.add_row(*cells, *(("unfinished" * ((problem, mode) in unfinished),) if found.state else ()))
     command_line.print_table(table)
     _show_disturbed(rows)
     _show_failures(rows)
+    for line in found.notes:
+        click.echo(line)
+    if found.damaged:
+        raise BadInput("; ".join(found.damaged))
     return 0
 
 
