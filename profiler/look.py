@@ -188,10 +188,12 @@ def _opened(path: Path) -> BinaryIO | None:
 
 def _same(file: BinaryIO | None, path: Path) -> bool:
     """Whether an open file, or none, is what lies there now. While it is open, no other file has its number."""
+    if file is None:
+        return not path.exists()
     try:
-        return file is not None and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
-        return file is None
+        return False
 
 
 def _state(folder: Path, more: bool) -> str:

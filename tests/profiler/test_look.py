@@ -110,6 +110,16 @@ def test_what_parquet_and_journal_both_hold_counts_once(journal_only: Path) -> N
     assert rounds == {ONE.problem.id: list(range(18)), HELD_OUT.problem.id: list(range(6))}
 
 
+def test_parquet_without_a_journal_is_finished(journal_only: Path) -> None:
+    with sweeping(journal_only) as store:
+        finish(store, ONE)
+    (journal_only / JOURNAL).unlink()
+    found = untouched(journal_only)
+    assert (found.state, found.unfinished) == ("", set()) and {row.problem for row in found.rows} == {
+        ONE.problem.id
+    }
+
+
 def test_show_and_pandas_mark_what_is_unfinished(journal_only: Path) -> None:
     with sweeping(journal_only) as store:
         finish(store, ONE)
