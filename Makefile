@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := "$(VENV)"/bin
 # PyTorch keeps its CPU builds on an index of its own; the default index's torch brings gigabytes of CUDA.
 # Used where it can be reached; otherwise pip takes the pinned torch from wherever it is configured to look.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -12,14 +12,16 @@ BUSY ?= 0
 .PHONY: help setup setup-demo test soak lint demo bench bench-replay bench-aa bench-agree bench-heldout bench-cpu bench-dispatch bench-gpu clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-setup: $(VENV)/.installed-dev ## install DKS and its tools into .venv
-setup-demo: $(VENV)/.installed-dev,demo ## the same, with the demo's model
+# The script knows what is up to date: make can't name a file in a folder with spaces.
+SETUP = @PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_INDEX="$(TORCH_INDEX)" sh scripts/setup.sh
 
-$(VENV)/.installed-%: pyproject.toml constraints.txt scripts/setup.sh
-	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_INDEX="$(TORCH_INDEX)" sh scripts/setup.sh "$*"
-	@touch $@
+setup: ## install DKS and its tools into .venv
+	$(SETUP) dev
+
+setup-demo: ## the same, with the demo's model
+	$(SETUP) dev,demo
 
 test: setup ## run the tests (no GPU, some 16 minutes on 2 cores: it compiles and sanitizes kernels)
 	$(BIN)/python -m pytest -q
@@ -65,4 +67,4 @@ bench-gpu-%: setup ## one of them: gemm, llama, heldout, launch, rows, attention
 	$(BIN)/python -m bench.gpu_$*
 
 clean: ## remove the environment and all results
-	rm -rf $(VENV) runs
+	rm -rf "$(VENV)" runs

@@ -43,9 +43,16 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument(
+    "run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path, readable=False)
+)
 @click.option(
-    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Where the package goes."
+    "-o",
+    "--output",
+    "out",
+    required=True,
+    type=click.Path(path_type=Path, readable=False),
+    help="Where the package goes.",
 )
 @click.option("--name", required=True, help="The package's import name.")
 @click.option("--max-error", type=float, help="Relative error a kernel may show against float64 [1e-2].")
@@ -221,7 +228,7 @@ def _packages(out: Path) -> list[Path]:
 
 
 @cli.command()
-@click.argument("out", metavar="OUT_DIR", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT_DIR", type=click.Path(path_type=Path, readable=False))
 def check(out: Path) -> int:
     """Say whether the package is whole and fits this machine, and what its choices are worth.
 
@@ -251,7 +258,7 @@ def check(out: Path) -> int:
 
 
 @cli.command()
-@click.argument("out", metavar="OUT_DIR", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT_DIR", type=click.Path(path_type=Path, readable=False))
 @click.argument("op", metavar="OP")
 @click.argument("arguments", metavar="DIM=SIZE...", nargs=-1)
 def explain(out: Path, op: str, arguments: tuple[str, ...]) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from dks.dispatch.errors import BadInput
+from dks.dispatch.errors import BadInput, unreadable
 
 
 def run(command: click.Group, kept: str) -> NoReturn:
@@ -28,7 +29,10 @@ def run(command: click.Group, kept: str) -> NoReturn:
         click.echo(f"interrupted: {kept}", err=True)
         sys.exit(130)
     except OSError as error:
-        click.echo(f"error: {error.filename or 'output'}: {error.strerror}; {kept}", err=True)
+        if isinstance(error, PermissionError) and isinstance(error.filename, (str, Path)):
+            click.echo(f"error: {unreadable(error.filename, error)}; {kept}", err=True)
+        else:
+            click.echo(f"error: {error.filename or 'output'}: {error.strerror}; {kept}", err=True)
     sys.exit(2)
 
 

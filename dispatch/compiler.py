@@ -13,6 +13,7 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
+from dks.dispatch import room, trust
 from dks.dispatch.environment import UNKNOWN
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -37,10 +38,16 @@ def find_compiler() -> tuple[list[str], str]:
     return [str(Path(found).absolute()), *words[1:]], ""
 
 
-def run_compiler(command: Sequence[str], folder: Path, timeout: float | None = None) -> tuple[int, str]:
-    """Exit code and output of a command in ``folder``; past so many seconds, or TIMEOUT, its group is killed."""
+def run_compiler(
+    command: Sequence[str], folder: Path, timeout: float | None = None, need: int = room.CXX_BYTES
+) -> tuple[int, str]:
+    """Exit code and output of a command in ``folder``; past so many seconds, or TIMEOUT, its group is killed.
+
+    It waits for a CPU and ``need`` bytes of memory to be free, so that no build takes more than there is.
+    """
     try:
-        return _run(command, folder, TIMEOUT if timeout is None else timeout)
+        with room.taken(need):
+            return _run(command, folder, TIMEOUT if timeout is None else timeout)
     except OSError as error:  # no program after all, such as a script without its first line
         return 126, f"{error.strerror}: {command[0]}"
 
@@ -68,7 +75,7 @@ def build(out: Path, arguments: Sequence[str], files: Mapping[str, bytes] | None
             code, output = run_compiler([*compiler, *arguments, "-o", out.name], folder)
             if code != 0 or not made.is_file():
                 return failure(compiler, code, output)
-            made.chmod(0o755)
+            trust.tighten(made)
             made.replace(out)
     except OSError as error:
         return f"{out.parent}: {error.strerror or error}"
@@ -83,7 +90,7 @@ def version() -> str:
 
 @lru_cache
 def _version(command: tuple[str, ...]) -> str:
-    code, output = run_compiler([*command, "--version"], Path("/"))
+    code, output = asked([*command, "--version"])
     return output.partition("\n")[0].strip() if code == 0 else UNKNOWN
 
 
@@ -98,6 +105,14 @@ def described(flags: Sequence[str]) -> str:
 def digest_of(flags: Sequence[str]) -> str:
     """Flags are many; this tells one set from another."""
     return sha256("\0".join(flags).encode()).hexdigest()[:8]
+
+
+def asked(command: Sequence[str]) -> tuple[int, str]:
+    """Exit code and output of a command that compiles nothing, such as ``--version``: it waits for nobody."""
+    try:
+        return _run(command, Path("/"), TIMEOUT)
+    except OSError as error:
+        return 126, f"{error.strerror}: {command[0]}"
 
 
 def _run(command: Sequence[str], folder: Path, timeout: float) -> tuple[int, str]:

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dks.dispatch.environment import UNKNOWN, Environment
-from dks.dispatch.errors import BadInput
+from dks.dispatch.errors import BadInput, unreadable
 from dks.dispatch.intervals import Interval, block_ratio
 from dks.dispatch.modes import EAGER, MODES
 from dks.dispatch.plain import in_words, parse_json
@@ -215,16 +215,16 @@ def write_rows(path: Path, rows: Sequence[Measurement]) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = bind(sink.getvalue().to_pybytes())
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix="_partial-")
+    partial = path.with_name(f"_partial-{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("xb") as file:  # whoever the umask lets read may read it
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        partial.replace(path)
         sync_folder(path.parent)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -302,8 +302,11 @@ def read_rows(path: Path) -> list[Measurement]:
 
 
 def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise BadInput(unreadable(path, error)) from None
     if len(data) > MAX_FILE_BYTES:
         raise BadInput(f"{path}: found more than {MAX_FILE_BYTES} bytes, expected at most {MAX_FILE_BYTES}")
     return data
@@ -362,9 +365,7 @@ def read_run(folder: Path) -> list[Measurement]:
     Raises:
         BadInput: no such directory, nothing in it, or a file that ``read_rows`` refuses.
     """
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: found no such directory, expected a RUN_DIR of dks-profile run")
-    paths = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith(("_", ".")))
+    paths = run_files(folder)
     _refuse_unfinished(folder)
     if not paths:
         raise BadInput(
@@ -372,6 +373,21 @@ def read_run(folder: Path) -> list[Measurement]:
             f"run: dks-profile run CONFIG -o {folder}"
         )
     return [row for path in paths for row in read_rows(path)]
+
+
+def run_files(folder: Path) -> list[Path]:
+    """The Parquet files of a run directory, in the order of their names.
+
+    Raises:
+        BadInput: there is no such directory, or it can't be read.
+    """
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{folder}: found no such directory, expected a RUN_DIR of dks-profile run") from None
+    except OSError as error:
+        raise BadInput(unreadable(folder, error)) from None
+    return [folder / name for name in names if name.endswith(".parquet") and not name.startswith(("_", "."))]
 
 
 JOURNAL = "_journal"
@@ -385,12 +401,14 @@ def _refuse_unfinished(folder: Path) -> None:
     """Refuse a directory whose journal knows more than its Parquet files: a sweep is at work, or was killed."""
     try:
         text = (folder / JOURNAL).read_bytes()
-    except OSError:
+    except FileNotFoundError:
         return
+    except OSError as error:
+        raise BadInput(unreadable(folder / JOURNAL, error)) from None
     if any(kind in line for line in text.splitlines() for kind in _MEASURED):
         raise BadInput(
             f"{folder}: found measurements in its journal that are not in Parquet yet, expected a sweep that came "
-            "to its end; run dks-profile run again, which keeps them and goes on"
+            "to its end; run dks-profile run again, which keeps them and goes on, or look at them: dks-profile show"
         )
 
 

@@ -18,7 +18,7 @@ import torch
 
 from dks.dispatch import pool
 from dks.dispatch.environment import Environment
-from dks.dispatch.errors import BadInput
+from dks.dispatch.errors import BadInput, unreadable
 from dks.dispatch.plain import MAX_TEXT, in_words, parse_json
 from dks.dispatch.problem import Candidate
 from dks.dispatch.sources import source_digest
@@ -94,6 +94,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         return parse_manifest(read_at_most(path, MAX_TEXT), str(path))
+    except PermissionError as error:
+        raise BadInput(unreadable(path, error)) from None
     except OSError as error:
         raise BadInput(
             f"{path}: found no readable manifest ({error.strerror}), expected one that dks-codegen wrote; build "
@@ -196,12 +198,11 @@ def intact(folder: Path) -> tuple[Manifest, list[str]]:
     Raises:
         BadInput: others may write there, or there is no manifest to compare with.
     """
-    why = [distrust(folder)] if not folder.is_symlink() else []
     try:
-        if why := list(filter(None, why)) or strangers(folder):
+        if why := list(filter(None, [distrust(folder)])) or strangers(folder):
             raise BadInput("; ".join(f"not trusted: {line}" for line in why))
     except OSError as error:
-        raise BadInput(f"{folder}: can't be read ({error.strerror})") from None
+        raise BadInput(unreadable(folder, error)) from None
     manifest = read_manifest(folder)
     return manifest, [f"damaged: {line}" for line in damaged(folder, manifest)]
 
@@ -232,11 +233,11 @@ def checked(folder: Path, manifest: Manifest, name: str) -> bytes:
     """
     path, digest = folder / name, manifest.files[name]
     try:
-        if path.is_symlink() or not path.is_file():
+        if not path.is_file():
             raise BadInput(f"{name}: missing or not a plain file")
         data = read_at_most(path, MAX_FILE_BYTES)
     except OSError as error:
-        raise BadInput(f"{name}: can't be read ({error.strerror})") from None
+        raise BadInput(f"{name}: {unreadable(path, error)}") from None
     if hashlib.sha256(data).hexdigest() != digest:
         raise BadInput(f"{name}: changed since it was built")
     return data

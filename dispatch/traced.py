@@ -29,7 +29,8 @@ that says nothing else of ours than this name: it is what to import."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
 
-_library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+# PyTorch notes the file that asks, and takes only names in UTF-8: a module's is one, its path need not be.
+_library: Any = eval(compile("torch.library.Library(NAMESPACE, 'DEF')", __name__, "eval"))
 _runtimes: WeakValueDictionary[str, Runtime] = WeakValueDictionary()
 _layers: WeakValueDictionary[Hashable, PreparedModule] = WeakValueDictionary()
 _keys: WeakKeyDictionary[PreparedModule, Hashable] = WeakKeyDictionary()

@@ -7,6 +7,7 @@ and the owner of this very file: who can change the code that checks needs no ot
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from importlib.machinery import all_suffixes
@@ -32,44 +33,61 @@ def distrust(path: Path) -> str:
                 continue
             status = step.lstat()
             if status.st_uid not in trusted():
-                return f"{step}: owned by user {status.st_uid}, expected root or user {os.geteuid()}: chown it"
+                return f"{step}: {_foreign(status)}"
             passed = step != steps[-1] and bool(status.st_mode & stat.S_ISVTX)
             if not stat.S_ISLNK(status.st_mode) and not passed and _others_write(status):
-                return f"{step}: others may write there, expected a path of your own: chmod go-w"
+                return f"{step}: others may write there, expected a path of your own: {_closing(status)}"
     except OSError as error:
         return f"{path}: can't be examined ({error.strerror})"
     return ""
 
 
 def strangers(folder: Path) -> list[str]:
-    """One line for each thing in a package's folder, and for the folder, that others may write or that leads
-    elsewhere; ``distrust`` looks at the way to it.
+    """One line for each thing in a package's folder, and for the folder, that others may write or exchange;
+    ``distrust`` looks at the way to it.
 
-    Stricter: no group may write, whoever is in it. ``__pycache__`` alone is as its makers' umask left it.
+    Stricter: no group may write, whoever is in it. ``__pycache__`` alone is as its makers' umask left it. A link is
+    as good as all that it leads through: volumes of Kubernetes are made of them.
     """
-    if folder.is_symlink():
-        return [f"{folder}: found a link, expected the package's own folder: name {folder.resolve()} instead"]
     lines = []
     for path in (folder, *sorted(folder.iterdir())):
-        status = path.lstat()
         name = f"{path}" if path == folder else path.name
-        if stat.S_ISLNK(status.st_mode):
-            lines.append(f"{name}: found a link, expected a plain file")
-        elif status.st_uid not in trusted():
-            lines.append(f"{name}: owned by user {status.st_uid}, expected root or user {os.geteuid()}: chown it")
+        if path.is_symlink() and (why := distrust(path)):
+            lines.append(f"{name}: found a link that others could redirect: {why}")
+            continue
+        status = path.stat()
+        if status.st_uid not in trusted():
+            lines.append(f"{name}: {_foreign(status)}")
         elif _others_write(status) or (path.name != BYTECODE and status.st_mode & stat.S_IWGRP):
-            lines.append(f"{name}: others may write it, expected that only you may: chmod go-w")
+            lines.append(f"{name}: others may write it, expected that only you may: {_closing(status)}")
     return lines
 
 
 def importable(path: Path) -> bool:
     """Whether Python would take it for a module of the folder that it is in."""
-    return path.is_dir() or path.name.endswith(tuple(all_suffixes()))
+    return ("." not in path.name and path.is_dir()) or path.name.endswith(tuple(all_suffixes()))
 
 
 def tighten(path: Path) -> None:
     """Take from others the permission to write, whatever the umask gave them."""
     path.chmod(path.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file in one step: it is there whole, or what was there before. Others may read it if the umask lets
+    them, and never write it.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    partial = path.with_name(f".partial-{secrets.token_hex(8)}")
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+            file.write(data)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def make_folder(path: Path) -> None:
@@ -105,6 +123,17 @@ def _steps(path: Path) -> Iterator[Path]:
             todo += reversed(target.parts[1:] if target.is_absolute() else target.parts)
 
 
+def _foreign(status: os.stat_result) -> str:
+    mend = "chown it" if os.geteuid() == 0 else "ask root to chown it, or copy it to a folder of your own"
+    return f"owned by user {status.st_uid}, expected root or user {os.geteuid()}: {mend}"
+
+
+def _closing(status: os.stat_result) -> str:
+    if os.geteuid() in (0, status.st_uid):
+        return "chmod go-w"
+    return f"ask user {status.st_uid} for chmod go-w, or copy it to a folder of your own"
+
+
 def _others_write(status: os.stat_result) -> bool:
     if status.st_mode & stat.S_IWOTH:
         return True
@@ -113,12 +142,16 @@ def _others_write(status: os.stat_result) -> bool:
 
 def _private(gid: int) -> bool:
     """Whether a group is this user's own: of the same name and with no other member, as most Linux systems make
-    one for each user, with a umask that lets it write."""
+    one for each user, with a umask that lets it write. Where neither has a name, of the same number."""
     import grp
     import pwd
 
     try:
-        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(gid)
+        user = pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
-        return False
+        user = ""
+    try:
+        group = grp.getgrgid(gid)
+    except KeyError:
+        return not user and gid == os.geteuid()
     return group.gr_name == user and set(group.gr_mem) <= {user}

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dks.dispatch import command_line, pool
+from dks.dispatch import command_line, pool, room
 from dks.dispatch.compiler import find_compiler
 from dks.dispatch.environment import Environment, private_cache_bytes
 from dks.dispatch.errors import BadInput
@@ -29,6 +29,7 @@ from dks.profiler.findings import Contest
 from dks.profiler.forms import duration
 from dks.profiler.interference import Watch, default_sources
 from dks.profiler.isolation import environment_of
+from dks.profiler.look import look
 from dks.profiler.replay import replay as replay_run
 from dks.profiler.seeds import seeded
 from dks.profiler.sweep import Event, Outcome, run_sweep
@@ -62,9 +63,13 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=click.Path(path_type=Path, readable=False))
 @click.option(
-    "-o", "--output", "folder", type=click.Path(path_type=Path), help="Run directory [runs/CONFIG's name]."
+    "-o",
+    "--output",
+    "folder",
+    type=click.Path(path_type=Path, readable=False),
+    help="Run directory [runs/CONFIG's name].",
 )
 @click.option("--device", help="cpu or cuda:0; overrides the config.")
 @click.option("--ops", help="Only these operators, separated by commas.")
@@ -165,15 +170,17 @@ def _progress() -> Iterator[Callable[[Event], None]]:
 
 
 @cli.command()
-@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path, readable=False))
 @click.option("--op", help="Only this operator.")
 def show(folder: Path, op: str | None) -> int:
-    """Show the fastest candidate of each problem, its ratio to the default, and every failure.
+    """Show the fastest candidate of each problem, its ratio to the default, and every failure. At any time: what a
+    sweep that is at work or was killed has acknowledged is shown as unfinished.
 
     \b
     dks-profile show runs/minilm --op linear
     """
-    rows = [row for row in read_run(folder) if row.op in pool.operators()]
+    found = look(folder)
+    rows = [row for row in found.rows if row.op in pool.operators()]
     if op is not None:
         try:
             pool.operator(op)
@@ -186,7 +193,9 @@ def show(folder: Path, op: str | None) -> int:
     for row in rows:
         contests.setdefault((row.problem, row.mode), []).append(row)
     problems = len({problem for problem, _ in contests})
-    table = Table(title=f"{folder}: {problems} problems, {len(rows)} candidates measured")
+    unfinished = {(contest.problem.id, contest.mode) for contest in found.unfinished}
+    title = f"{folder}: {problems} problems, {len(rows)} candidates measured"
+    table = Table(title=f"{title}\nunfinished: {found.state}" if found.state else title)
     texts = ("problem", "mode", "role", "class", "fastest")
     for column in (
         *texts,
@@ -196,14 +205,19 @@ def show(folder: Path, op: str | None) -> int:
         "error",
         "n",
         "processes",
+        *(("state",) if found.state else ()),
     ):
         table.add_column(column, justify="left" if column in texts else "right")
     for problem, mode in sorted(contests, key=lambda each: (_problem_order(each[0]), each[1])):
         for cells in _show_problem(problem, contests[problem, mode]):
-            table.add_row(*cells)
+            table.add_row(*cells, *(("unfinished" * ((problem, mode) in unfinished),) if found.state else ()))
     command_line.print_table(table)
     _show_disturbed(rows)
     _show_failures(rows)
+    for line in found.notes:
+        click.echo(line)
+    if found.damaged:
+        raise BadInput("; ".join(found.damaged))
     return 0
 
 
@@ -290,7 +304,11 @@ def doctor() -> int:
         _describe_gpu(name)
     command, lack = find_compiler()
     click.echo(f"{'compiler':>10}: {' '.join(command) or f'{lack}: generated kernels can not be measured'}")
-    click.echo(f"{'compiled':>10}: kept in {build.cache()}")
+    click.echo(
+        f"{'compiling':>10}: at most {room.at_once(room.CXX_BYTES)} at once: {room.cpus()} CPUs and "
+        f"{room.memory() / 1e9:.1f} GB of memory may be used"
+    )
+    click.echo(f"{'compiled':>10}: {build.closed() or f'kept in {build.cache()}'}")
     table = Table(title="kernels")
     for column in ("operator", "kernel", "precision", "weight form", "device", "here"):
         table.add_column(column)
@@ -321,7 +339,7 @@ def _describe_gpu(name: str) -> None:
 
 
 @cli.command()
-@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path, readable=False))
 @click.option("--min-rounds", type=click.IntRange(2), default=10, show_default=True, help="As in a config.")
 @click.option("--max-rounds", type=click.IntRange(2), default=100, show_default=True, help="As in a config.")
 @click.option(

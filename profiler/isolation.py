@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ from dks.dispatch.errors import BadInput
 from dks.dispatch.modes import EAGER
 from dks.dispatch.problem import Candidate, Problem
 from dks.profiler.bench import Job
+from dks.profiler.ending import end
 from dks.profiler.findings import Finding, Round, rounds_from_json
 from dks.profiler.worker import NOTE_BYTES
 
 START_S = 120.0  # for a worker to import torch, on a loaded machine
+END_S = 20.0  # for killed processes to go: the system takes their memory back first, which may be much
 ENERGY_S = 30.0  # beyond the timeout, in which repeated calls are meant to say nothing
 LOG = "_workers.log"
 MARK = "DKS_WORKER"
@@ -131,6 +134,7 @@ class Process:
         self.number = number
         self.busy_s = 0.0
         self.hard_stop: float | None = None
+        self._closed = False
         self._setting = setting
         self._buffer = b""
         self._mark = uuid.uuid4().hex
@@ -190,14 +194,22 @@ class Process:
                 yield answer["name"], Finding(**answer["finding"])
 
     def close(self) -> None:
-        """Kill the process group, and whatever left it for another."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.wait()
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(MARK) == self._mark:
-                    process.kill()
+        """Kill the worker and all that it started, wherever they went, and wait until they are gone.
+
+        A warning names what won't go, as a process that hangs in a driver may not: it is left behind.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        left = end(self._child.pid, f"{MARK}={self._mark}", END_S)
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(timeout=0.0 if left else None)
+        if left:
+            text = (
+                f"worker process {self.number}: found {'; '.join(left)} {END_S:g} s after it was killed, "
+                "expected it gone; it may disturb what is measured next: end it, or restart the machine"
+            )
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
         for file in (self._child.stdin, self._note):
             with suppress(OSError):
                 file.close()  # type: ignore[union-attr]
@@ -247,18 +259,25 @@ class Process:
 
     def _lost(self) -> Lost:
         candidate = self._in_flight()
-        try:
-            code = self._child.wait(timeout=5)  # its descriptors close a moment before it can be waited for
-        except subprocess.TimeoutExpired:
-            code = None  # it closed its answers and lives on
+        ended = self._ends(5.0)  # its descriptors close a moment before it can be waited for
         self.close()
-        if code is None:
+        code = self._child.returncode
+        if not ended or code is None:
             return Lost(candidate, "crashed", "the process closed its answers; it was killed")
         if code == -signal.SIGKILL:
             return Lost(candidate, "out_of_memory", "killed by signal 9, as the system does when memory runs out")
         if code < 0:
             return Lost(candidate, "crashed", f"killed by signal {-code} ({signal.Signals(-code).name})")
         return Lost(candidate, "crashed", f"the process ended with exit code {code}")
+
+    def _ends(self, within_s: float) -> bool:
+        """Whether the worker ends by itself. It is not waited for: its number stays its own until ``close``."""
+        until = time.monotonic() + within_s
+        while os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.01)
+        return True
 
 
 def _tail(path: Path) -> str:

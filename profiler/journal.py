@@ -41,9 +41,13 @@ def read(path: Path) -> Journal:
     A truncated file gives every record that is whole. Raises OSError where the disk refuses.
     """
     try:
-        data = path.read_bytes()
+        return parse(path.read_bytes())
     except FileNotFoundError:
         return Journal()
+
+
+def parse(data: bytes) -> Journal:
+    """The same of a journal's bytes, or of its first ones."""
     *lines, rest = data.split(b"\n")
     found = Journal(torn=len(rest))
     for number, line in enumerate(lines, 1):

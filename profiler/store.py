@@ -31,17 +31,17 @@ from dks.profiler.findings import (
     Findings,
     Header,
     Round,
-    from_rows,
-    rounds_from_json,
     rounds_to_json,
     to_rows,
 )
+from dks.profiler.held import Held
 
 STRUCK = ("crashed", "timeout", "out_of_memory")
 """Statuses that cost a process."""
 
 RUN_FILE = "_run.json"
 LOCK_FILE = "_lock"
+PLAN_FILE = "_plan.json"
 
 
 @contextmanager
@@ -72,22 +72,18 @@ def opened(
             store.close()
 
 
-class Store:
+class Store(Held):
     """What a run directory holds, in memory and on disk.
 
     Attributes:
         notes: what a user should know about what was found, one sentence each.
-        attempts: checks that were begun and never ended, by contest and candidate id.
     """
 
     def __init__(self, folder: Path, environment: Environment, cache: str, notes: Sequence[str] = ()) -> None:
+        super().__init__()
         self.folder, self.notes = folder, list(notes)
-        self.attempts: dict[tuple[Contest, str], int] = {}
         self._environment = json.dumps(environment.to_dict(), sort_keys=True)
         self._cache = cache
-        self._findings: dict[Contest, Findings] = {}
-        self._headers: dict[Contest, tuple[str, float]] = {}
-        self._dirty: set[Contest] = set()
         self._digests = {id: source_digest(kernel) for id, kernel in pool.kernels().items()}
         self._toolchains = {id: toolchain(kernel) for id, kernel in pool.kernels().items()}
         self._load()
@@ -98,33 +94,33 @@ class Store:
 
     def findings(self, contest: Contest) -> Findings:
         """What is known of a contest; change it through the methods below only."""
-        return self._findings.setdefault(contest, Findings())
+        return self.known.setdefault(contest, Findings())
 
     def contests(self) -> list[Contest]:
         """Every contest that something is known of."""
-        return list(self._findings)
+        return list(self.known)
 
     def role(self, contest: Contest) -> str:
         """The role a problem had when it was last written; empty if it never was."""
-        return self._headers.get(contest, ("", 0.0))[0]
+        return self.headers.get(contest, ("", 0.0))[0]
 
     def struck(self, candidate: Candidate, mode: str) -> list[str]:
         """Contests in which a candidate crashed, hung or ran out of memory; and, of any mode but eager, those in
         which it failed: what can't be captured is not so for its size."""
         return [
             contest.id
-            for contest, findings in self._findings.items()
+            for contest, findings in self.known.items()
             if (finding := findings.found.get(candidate.id)) is not None
             and (finding.status in STRUCK or (mode != EAGER and (contest.mode, finding.status) == (mode, "failed")))
         ]
 
     def split_problems(self) -> list[Problem]:
         """Representatives that an earlier session added where a bin was too wide, each once."""
-        return list(dict.fromkeys(c.problem for c, (role, _) in self._headers.items() if role == "split"))
+        return list(dict.fromkeys(c.problem for c, (role, _) in self.headers.items() if role == "split"))
 
     def next_process(self) -> int:
         """A process number that no sample has."""
-        used = [each.process for findings in self._findings.values() for each in findings.rounds]
+        used = [each.process for findings in self.known.values() for each in findings.rounds]
         return max(used, default=-1) + 1
 
     def attempt(self, contest: Contest, candidate: str) -> None:
@@ -135,12 +131,7 @@ class Store:
     def withdraw(self, contest: Contest, candidate: str) -> None:
         """Take an attempt back that the sweep itself broke off. Raises OSError."""
         self._writer.append({"do": "withdraw", **_named(contest), "candidate": candidate})
-        self._withdraw((contest, candidate))
-
-    def _withdraw(self, key: tuple[Contest, str]) -> None:
-        left = self.attempts.pop(key, 0) - 1
-        if left > 0:
-            self.attempts[key] = left
+        self.drop_attempt((contest, candidate))
 
     def found(self, contest: Contest, candidate: str, finding: Finding) -> None:
         """Keep a finding; it is on the disk when this returns. Raises OSError."""
@@ -158,13 +149,18 @@ class Store:
         self.findings(contest).found.update(findings)
         for candidate in findings:
             self.attempts.pop((contest, candidate), None)
-        self._dirty.add(contest)
+        self.dirty.add(contest)
 
     def add(self, contest: Contest, rounds: Sequence[Round]) -> None:
         """Keep rounds; they are on the disk when this returns. Raises OSError."""
         self._writer.append({"do": "rounds", **_named(contest), "rounds": rounds_to_json(rounds)})
         self.findings(contest).add(rounds)
-        self._dirty.add(contest)
+        self.dirty.add(contest)
+
+    def plan(self, headers: Mapping[Contest, tuple[str, float]]) -> None:
+        """Note role and weight of all that the sweep is to measure, for whoever looks meanwhile. Raises OSError."""
+        entries = [{**_named(c), "role": role, "weight": weight} for c, (role, weight) in headers.items()]
+        _write(self.folder / PLAN_FILE, {"contests": entries})
 
     def rows(
         self, contest: Contest, role: str, weight: float, candidates: Sequence[Candidate]
@@ -175,16 +171,16 @@ class Store:
 
     def compact(self, contest: Contest, role: str, weight: float, candidates: Sequence[Candidate]) -> None:
         """Put what the journal holds of a contest into its Parquet file, whole or not at all. Raises OSError."""
-        changed = self._headers.get(contest) != (role, weight)
-        if not self._findings.get(contest, Findings()).found or not (changed or contest in self._dirty):
+        changed = self.headers.get(contest) != (role, weight)
+        if not self.known.get(contest, Findings()).found or not (changed or contest in self.dirty):
             return
         write_rows(self.path(contest), self.rows(contest, role, weight, candidates))
-        self._headers[contest] = (role, weight)
-        self._dirty.discard(contest)
+        self.headers[contest] = (role, weight)
+        self.dirty.discard(contest)
 
     def retire_journal(self) -> None:
         """Empty the journal once Parquet has all of it; attempts that never ended stay. Raises OSError."""
-        if self._dirty:
+        if self.dirty:
             return
         self._writer.close()
         records = [
@@ -204,8 +200,8 @@ class Store:
 
     def give_up(self, wanted: set[Contest]) -> None:
         """Leave out of the journal what it holds of contests outside ``wanted``. Raises OSError."""
-        if self._dirty - wanted:
-            self._dirty &= wanted
+        if self.dirty - wanted:
+            self.dirty &= wanted
             self.retire_journal()
 
     def path(self, contest: Contest) -> Path:
@@ -224,15 +220,12 @@ class Store:
             try:
                 rows = read_rows(path)
             except BadInput as error:
-                if not _named_by_us(path):
+                if not named_by_us(path):
                     continue
                 path.rename(path.with_name(f"_quarantine-{path.name}"))
                 quarantined.append(str(error).split("; ")[0])
                 continue
-            if rows:
-                contest = Contest(Problem.parse(rows[0].problem), rows[0].mode)
-                self._findings[contest] = from_rows(rows)
-                self._headers[contest] = (rows[0].role, rows[0].weight)
+            self.take(rows)
         quarantined += self._load_journal()
         if quarantined:
             raise BadInput(
@@ -252,58 +245,37 @@ class Store:
         if held.torn:
             self.notes.append(f"{path}: an unfinished record of {held.torn} bytes was dropped: never acknowledged")
         for record in held.records:
-            self._apply(record)
+            self.apply(record)
         return []
-
-    def _apply(self, record: Mapping[str, Any]) -> None:
-        # Versions that knew no modes wrote none.
-        contest = Contest(Problem.parse(record["problem"]), record.get("mode", EAGER))
-        if record["do"] == "rounds":
-            self.findings(contest).add(rounds_from_json(record["rounds"]))
-            self._dirty.add(contest)
-            return
-        if record["do"] == "reset":
-            self._findings[contest] = Findings()
-            self._dirty.add(contest)
-            return
-        key = (contest, record["candidate"])
-        if record["do"] == "attempt":
-            self.attempts[key] = self.attempts.get(key, 0) + 1
-        elif record["do"] == "withdraw":
-            self._withdraw(key)
-        else:
-            self.attempts.pop(key, None)
-            self.findings(contest).found[key[1]] = Finding(**record["finding"])
-            self._dirty.add(contest)
 
     def _dump(self) -> Iterator[Mapping[str, Any]]:
         """Records that make what Parquet does not hold, whatever it holds."""
         for (contest, candidate), count in self.attempts.items():
             for _ in range(count):
                 yield {"do": "attempt", **_named(contest), "candidate": candidate}
-        for contest in sorted(self._dirty & self._findings.keys(), key=lambda each: each.id):
+        for contest in sorted(self.dirty & self.known.keys(), key=lambda each: each.id):
             yield {"do": "reset", **_named(contest)}
-            for name, finding in self._findings[contest].found.items():
+            for name, finding in self.known[contest].found.items():
                 fields = dataclasses.asdict(finding)
                 yield {"do": "found", **_named(contest), "candidate": name, "finding": fields}
-            yield {"do": "rounds", **_named(contest), "rounds": rounds_to_json(self._findings[contest].rounds)}
+            yield {"do": "rounds", **_named(contest), "rounds": rounds_to_json(self.known[contest].rounds)}
 
     def _drop_changed_kernels(self) -> bool:
         """Forget, one by one, what was measured of a kernel whose source is another one now, or would be compiled
         by other tools; whether any was."""
         dropped: dict[tuple[str, str], int] = {}
-        gone = [contest for contest in self._findings if contest.problem.op not in pool.operators()]
+        gone = [contest for contest in self.known if contest.problem.op not in pool.operators()]
         for contest in gone:
-            del self._findings[contest]
-            self._dirty.discard(contest)
-        for contest, findings in self._findings.items():
+            del self.known[contest]
+            self.dirty.discard(contest)
+        for contest, findings in self.known.items():
             default = pool.operator(contest.problem.op).default
             for name, finding in list(findings.found.items()):
                 kernel = Candidate.parse(name).kernel
                 if why := self._changed(kernel, finding):
                     findings.forget(name, default)
                     dropped[kernel, why] = dropped.get((kernel, why), 0) + 1
-                    self._dirty.add(contest)
+                    self.dirty.add(contest)
         for (kernel, why), count in sorted(dropped.items()):
             self.notes.append(f"new session: {kernel}: {why}; its {count} results are measured again")
         return bool(dropped)
@@ -324,7 +296,8 @@ def _named(contest: Contest) -> dict[str, str]:
     return {"problem": contest.problem.id, "mode": contest.mode}
 
 
-def _named_by_us(path: Path) -> bool:
+def named_by_us(path: Path) -> bool:
+    """Whether a file has the name of a problem's."""
     return path.name.split(".")[0] in pool.operators()
 
 
@@ -412,5 +385,5 @@ def _forget(folder: Path) -> None:
     """Drop what a sweep wrote here, and nothing else."""
     for path in folder.iterdir():
         ours = path.suffix == ".parquet" and is_ours(path)
-        if ours or path.name in (RUN_FILE, JOURNAL) or path.name.startswith("_partial-"):
+        if ours or path.name in (RUN_FILE, PLAN_FILE, JOURNAL) or path.name.startswith("_partial-"):
             path.unlink()

@@ -294,6 +294,7 @@ class _Run:
                     Task(each.problem, each.role, each.weight, part.candidates, neighbours, mode)
                     for mode in self._sweep.measure.modes
                 ]
+        self._store.plan({task.contest: (task.role, task.weight) for task in found})
         pairs = ((task.problem, each) for task in found for each in task.candidates)
         compile_for(pairs, self._say, environment_of(self._sweep.device))
         return found

@@ -32,7 +32,7 @@ from dks.profiler.device import open_device
 from dks.profiler.findings import rounds_to_json
 
 NOTE_BYTES = 256  # of shared memory: the id of the candidate in flight
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Worker:
@@ -117,7 +117,9 @@ def _searched(problem: Problem, candidate: Candidate) -> list[str]:
 def main() -> None:
     """Serve, and die with the process that started this one."""
     answers, note, parent, data_limit = map(int, sys.argv[1:])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent stays below this process, where it is found and ended
     if os.getppid() != parent:  # it died before the line above
         return
     if data_limit:

@@ -100,7 +100,7 @@ LINK
   if [ -n "$wheels" ]; then
     echo "installing $(echo "$wheels" | wc -l) wheels"
     # Without dependencies: what is there is there, and nvidia-cutlass names some that nothing here imports.
-    echo "$wheels" | xargs "$PY" -m pip install --quiet --disable-pip-version-check --no-index --no-deps || return 2
+    echo "$wheels" | tr '\n' '\0' | xargs -0 "$PY" -m pip install --quiet --disable-pip-version-check --no-index --no-deps || return 2
   fi
   commands || return 2
   touch "$GPU/venv.ready"
@@ -114,8 +114,15 @@ commands() {
   for name in profile codegen; do
     local module=profiler
     [ "$name" = codegen ] && module=codegen
-    printf '#!%s\nimport sys\nfrom dks.%s.cli import main\nsys.exit(main())\n' "$PWD/$PY" "$module" \
-      >"$VENV/bin/dks-$name"
+    # Read by the shell and by Python: a first line that names an interpreter can't have spaces in it.
+    cat >"$VENV/bin/dks-$name" <<COMMAND
+#!/bin/sh
+'''exec' "$PWD/$PY" "\$0" "\$@"
+' '''
+import sys
+from dks.$module.cli import main
+sys.exit(main())
+COMMAND
     chmod +x "$VENV/bin/dks-$name"
   done
 }

@@ -1,7 +1,12 @@
 #!/bin/sh
-# Make $VENV with DKS installed editable and the extras of $1 (comma-separated), from constraints.txt.
+# Make $VENV with DKS installed editable and the extras of $1 (comma-separated), from constraints.txt, unless it is
+# up to date.
 set -eu
 extras="$1"
+stamp="$VENV/.installed-$extras"
+if [ -f "$stamp" ] && [ -z "$(find pyproject.toml constraints.txt scripts/setup.sh -newer "$stamp")" ]; then
+  exit 0
+fi
 
 "$PYTHON" - <<'CHECK' || exit 2
 import sys
@@ -19,3 +24,4 @@ echo "setting up $VENV with dks[$extras] (a few minutes the first time)"
 # shellcheck disable=SC2086 - $index is two words or none
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check $index \
   -c constraints.txt -e ".[$extras]"
+touch "$stamp"

@@ -63,7 +63,7 @@ def made(out: Path, name: str, family: str) -> Path:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    out = tmp_path_factory.mktemp("packages")
+    out = tmp_path_factory.mktemp("it's a package é")
     with pytest.MonkeyPatch.context() as patch:  # Python's fast path is not asked here
         patch.setattr(packaging, "compile_into", lambda _: "left out")
         return {family: made(out, f"served_{i}", family) for i, family in enumerate(RUNS)}
@@ -71,7 +71,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("server")
+    folder = tmp_path_factory.mktemp("a server é")
     shutil.copy(SERVER / "main.cpp", folder)
     shutil.copy(SERVER / "Makefile", folder)
     compiler, _ = find_compiler()

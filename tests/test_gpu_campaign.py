@@ -88,7 +88,9 @@ class Campaign:
 
 @pytest.fixture
 def campaign(tmp_path: Path) -> Campaign:
-    return Campaign(tmp_path)
+    folder = tmp_path / "a b é"
+    folder.mkdir()
+    return Campaign(folder)
 
 
 def test_a_part_runs_in_an_environment_of_its_own_and_is_done(campaign: Campaign) -> None:
@@ -102,7 +104,8 @@ def test_a_part_runs_in_an_environment_of_its_own_and_is_done(campaign: Campaign
     links = (campaign.gpu / "venv" / "lib" / "python3.12" / "site-packages" / "dks.pth").read_text()
     assert links == f"{campaign.folder}/src\n"
     command = (campaign.gpu / "venv" / "bin" / "dks-codegen").read_text()
-    assert command.startswith(f"#!{campaign.gpu}/venv/bin/python\n") and "dks.codegen.cli" in command
+    assert f"""'exec' "{campaign.gpu}/venv/bin/python" "$0" "$@"\n""" in command
+    assert command.startswith("#!/bin/sh\n") and "dks.codegen.cli" in command
     assert campaign.run().stdout == "next: scripts/gpu_campaign.sh tests\n"
     campaign.asked()
     campaign.run("tests")

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dks.dispatch import trust
+from dks.dispatch import room, trust
 from dks.dispatch.errors import BadInput
 from dks.dispatch.gpu import cubin as cubins
 from dks.dispatch.gpu import program as programs
@@ -46,10 +46,10 @@ def build(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[tuple[str, int], str]:
-    """Compile programs for architectures, where the cache has them not, on all cores.
+    """Compile programs for architectures, where the cache has them not, as many at once as there is room for.
 
     Args:
-        workers: how many processes at most; one a core where None.
+        workers: how many processes at most; as many as there is room for where None.
 
     Returns:
         Why it failed, by symbol and architecture, of each program that has no compiled form now.
@@ -70,7 +70,7 @@ def build_tasks(
     todo = [task for task in todo if (task[0].symbol, task[1]) not in failed and not is_built(*task)]
     if not todo:
         return failed
-    count = min(workers or os.cpu_count() or 1, len(todo))
+    count = min(workers or room.at_once(room.TRITON_BYTES), len(todo))
     try:
         trust.make_folder(tiles.cache())
         with (
@@ -159,23 +159,24 @@ def _build_one(workers: _Workers, program: Program, arch: int) -> str:
     """Why it failed, or an empty text."""
     path = _path(program, arch, ".json")
     out = workers.folder / path.name
-    answer = workers.ask(
-        {
-            "source": program.source,
-            "function": program.function,
-            "arguments": [(each.name, each.type) for each in program.arguments],
-            "constants": program.constants,
-            "divisible": [(program.arguments[i].name, divisor) for i, divisor in program.divisible().items()],
-            "arch": arch,
-            "warps": program.warps,
-            "stages": program.stages,
-            "out": str(out),
-        }
-    )
+    request = {
+        "source": program.source,
+        "function": program.function,
+        "arguments": [(each.name, each.type) for each in program.arguments],
+        "constants": program.constants,
+        "divisible": [(program.arguments[i].name, divisor) for i, divisor in program.divisible().items()],
+        "arch": arch,
+        "warps": program.warps,
+        "stages": program.stages,
+        "out": str(out),
+    }
+    with room.taken(room.TRITON_BYTES):
+        answer = workers.ask(request)
     why = str(answer.pop("why"))
     if not why:
         try:
             made = _cubin(program, arch, answer, out.with_suffix(".cubin").read_bytes())
+            trust.tighten(out.with_suffix(".ptx"))
             out.with_suffix(".ptx").replace(path.with_suffix(".ptx"))
             cubins.write(made, path)
             out.with_suffix(".cubin").unlink()
@@ -184,7 +185,7 @@ def _build_one(workers: _Workers, program: Program, arch: int) -> str:
             why = f"the compiler made what can't be launched: {error}"
     if why:
         why = f"{program.symbol} does not compile for sm_{arch}: {_short(why, workers.folder)}"
-        path.with_suffix(".txt").write_text(why, encoding="utf-8")
+        trust.put(path.with_suffix(".txt"), why.encode())
     return why
 
 

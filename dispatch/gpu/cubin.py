@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import re
 import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from dks.dispatch.gpu.limits import ARCHS
 from dks.dispatch.gpu.program import Argument, Factor
 from dks.dispatch.manifest import read_at_most, seal
 from dks.dispatch.plain import in_words, parse_json
+from dks.dispatch.trust import put
 
 VERSION = 1
 MAX_ELF = 16 * 2**20
@@ -180,8 +180,8 @@ def _check_grid(grid: Grid) -> None:
 
 def write(cubin: Cubin, json: Path) -> None:
     """Write ``json`` and the code beside it, as ``.cubin``: the code first, so that a ``.json`` has one."""
-    _put(json.with_suffix(".cubin"), cubin.elf)
-    _put(json, describe(cubin).encode())
+    put(json.with_suffix(".cubin"), cubin.elf)
+    put(json, describe(cubin).encode())
 
 
 def describe(cubin: Cubin) -> str:
@@ -312,9 +312,3 @@ def _sections(elf: bytes) -> dict[str, tuple[int, int]]:
         if end >= 0:
             found[elf[texts + name : end].decode("ascii", "replace")] = start, length
     return found
-
-
-def _put(path: Path, data: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(path)

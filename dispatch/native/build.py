@@ -6,7 +6,7 @@ import hashlib
 import sysconfig
 from pathlib import Path
 
-from dks.dispatch import compiler
+from dks.dispatch import compiler, trust
 from dks.dispatch.native import BINARY, HERE, SOURCES, digest
 from dks.dispatch.tiles import build
 
@@ -39,13 +39,13 @@ def compile_into(folder: Path) -> str:
 
 def cached() -> tuple[Path | None, str]:
     """(the fast path of this machine, compiled once and kept beside the generated kernels, "") or (None, why)."""
-    if why := build.distrust():
-        return None, why
     key = hashlib.sha256("\0".join((digest(), *FLAGS, build.compiler_version())).encode()).hexdigest()[:16]
     folder = build.cache() / f"dispatch-{key}"
+    if why := build.distrust() or build.distrust(folder / BINARY):
+        return None, why
     if not (folder / BINARY).is_file():
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            trust.make_folder(folder)
         except OSError as error:
             return None, f"{folder}: {error.strerror or error}"
         if why := compile_into(folder):

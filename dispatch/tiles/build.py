@@ -7,16 +7,19 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from dks.dispatch import trust
-from dks.dispatch.compiler import failure, find_compiler, run_compiler
+from dks.dispatch import room, trust
+from dks.dispatch.compiler import asked, failure, find_compiler, run_compiler
+from dks.dispatch.errors import unreadable
 from dks.dispatch.tiles.library import Missing
 from dks.dispatch.tiles.unit import HEADERS, TEMPLATE, Unit
 
 CACHE = "DKS_CACHE"
-"""Environment variable: where compiled units are kept; else $XDG_CACHE_HOME/dks, else ~/.cache/dks."""
+"""Environment variable: where compiled units are kept; else $XDG_CACHE_HOME/dks, else ~/.cache/dks. For a user
+without a home that can be used it is a folder of its own in $TMPDIR, or /tmp."""
 
 # Contractions and reassociation stay as written: fma is called where it is meant, and NaN must survive.
 FLAGS = (
@@ -33,25 +36,53 @@ def cache() -> Path:
     named = os.environ.get(CACHE)
     if named:
         return Path(named).absolute()  # compilers run elsewhere
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dks"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named).absolute() / "dks"
+    with suppress(RuntimeError, OSError):  # no home; or one of somebody else's
+        folder = Path.home().absolute() / ".cache" / "dks"
+        if _usable(folder):
+            return folder
+    return Path(os.environ.get("TMPDIR") or "/tmp").absolute() / f"dks-{os.geteuid()}"
 
 
-def distrust() -> str:
-    """Why nothing may be loaded from the folder of compiled units, or an empty text. What lies there is code."""
-    if not cache().exists():  # nothing is there to be loaded
+def _usable(folder: Path) -> bool:
+    """Whether this user may write there, or make it."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def distrust(path: Path | None = None) -> str:
+    """Why no code may be loaded from the folder of compiled units, or a file in it, or an empty text."""
+    path = path or cache()
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):  # nothing is there to be loaded
         return ""
-    why = trust.distrust(cache())
-    return f"{why}, or set {CACHE}" if why else ""
+    except OSError as error:
+        return f"{unreadable(path, error)}, or set {CACHE} to a folder of your own"
+    why = trust.distrust(path)
+    return f"{why}, or set {CACHE} to a folder of your own" if why else ""
+
+
+def closed() -> str:
+    """Why nothing can be kept in the folder of compiled units, or an empty text; it is made if it is not there."""
+    try:
+        trust.make_folder(cache())
+    except OSError as error:
+        return f"{cache()}: can't be made ({error.strerror}); set {CACHE} to a folder that can"
+    if not os.access(cache(), os.W_OK | os.X_OK):
+        return f"{cache()}: can't be written by user {os.geteuid()}; set {CACHE} to a folder that can"
+    return distrust()
 
 
 def build(units: Iterable[Unit]) -> dict[str, str]:
-    """Compile what is not in the cache, on all cores.
+    """Compile what is not in the cache, as many at once as there is room for.
 
     Returns:
         Why it failed, by symbol, of each unit that has no compiled form now.
     """
     wanted = list(dict.fromkeys(units))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(room.at_once(room.CXX_BYTES)) as pool:
         return {unit.symbol: why for unit, why in zip(wanted, pool.map(_build_one, wanted), strict=True) if why}
 
 
@@ -66,9 +97,9 @@ def locate(unit: Unit) -> Path:
     Raises:
         Missing: ``build`` has not made it, with the reason; or others may write to the folder.
     """
-    if why := distrust():
-        raise Missing(why)
     path = _path(unit, ".so")
+    if why := distrust(path):
+        raise Missing(why)
     if path.is_file():
         return path
     failed = _path(unit, ".txt")
@@ -114,7 +145,8 @@ def _build_one(unit: Unit) -> str:
     if reason:
         reason = f"{unit.symbol} does not compile: {reason}"
         try:
-            _put(_path(unit, ".txt"), reason.encode())
+            trust.make_folder(cache())
+            trust.put(_path(unit, ".txt"), reason.encode())
         except OSError as error:
             reason = f"{cache()}: can't be written ({error.strerror}); set {CACHE} to a folder that can"
     return reason
@@ -134,6 +166,8 @@ def _compile(compiler: Sequence[str], unit: Unit) -> str:
                 code, output = run_compiler(command, folder)
                 if code != 0:
                     return failure(compiler, code, output)
+            for made in ("unit.o", "unit.so"):
+                trust.tighten(folder / made)
             # The object first: a library without it would be taken as whole.
             (folder / "unit.o").replace(_path(unit, ".o"))
             (folder / "unit.so").replace(_path(unit, ".so"))
@@ -155,12 +189,5 @@ def compiler_version() -> str:
 
 @lru_cache
 def _version(command: tuple[str, ...]) -> str:
-    code, output = run_compiler([*command, "--version"], Path("/"))
+    code, output = asked([*command, "--version"])
     return f"{' '.join(command)} {code} {output.partition(chr(10))[0]}"
-
-
-def _put(path: Path, data: bytes) -> None:
-    trust.make_folder(path.parent)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(path)

@@ -227,7 +227,7 @@ int main(int argc, char** argv) try {
     long count = 0;
     if (word == "stats") server.stats();
     else if (word == "rollback") server.rollback();
-    else if (word == "reload" && words >> path) server.reload(path);
+    else if (word == "reload" && std::getline(words >> std::ws, path)) server.reload(path);
     else if (word == "trace" && words >> count)
       while (count-- > 0) server.request(static_cast<std::int64_t>(std::exp2(std::uniform_real_distribution<>(0, 8)(random))));
     else if (word.find_first_not_of("0123456789") == std::string::npos && word.size() < 10) server.request(std::stol(word));

@@ -9,6 +9,7 @@ import os
 import py_compile
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from dks.dispatch.strict import needs
 from dks.dispatch.table import Table
 from dks.dispatch.tiles import library
 from tests.codegen.test_package import here, made_rows
+from tests.volumes import as_a_volume
 
 BOMB = "raise SystemExit('it ran')\n"
 FIELDS = [field.name for field in dataclasses.fields(Environment)]
@@ -182,10 +184,21 @@ def test_what_others_may_write_is_refused(folder: Path, which: str) -> None:
         import_package(folder)
 
 
-def test_a_link_to_a_package_is_refused(folder: Path) -> None:
-    folder.rename(folder.parent / "real")
-    folder.symlink_to(folder.parent / "real")
-    refused("found a link, expected the package's own folder")
+def test_a_link_is_as_good_as_what_it_leads_through(folder: Path) -> None:
+    real = folder.parent / "real"
+    folder.rename(real)
+    folder.symlink_to(real)
+    assert examine(folder)[1] == []
+    real.chmod(0o777)
+    refused("others may write")
+
+
+def test_a_package_in_a_volume_of_links_serves(folder: Path) -> None:
+    as_a_volume(folder)
+    assert examine(folder)[1] == []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*refused")
+        assert importlib.import_module("load_me").stats()["table"] == "serving"
 
 
 def test_a_package_is_loadable_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

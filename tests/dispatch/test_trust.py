@@ -9,6 +9,7 @@ import pytest
 
 from dks.dispatch import trust
 from dks.dispatch.trust import distrust, make_folder, strangers, tighten
+from tests.volumes import as_a_volume
 
 
 @pytest.fixture
@@ -68,12 +69,73 @@ def test_links_are_followed_to_where_they_could_be_exchanged(folder: Path, tmp_p
     assert "open: others may write there" in distrust(open_to_all / "link")
     (tmp_path / "twice").symlink_to(open_to_all / "link")
     assert "open: others may write there" in distrust(tmp_path / "twice"), "on the way, though not at the end"
-    assert "found a link" in strangers(tmp_path / "twice")[0]
-    (folder / "b.py").symlink_to(folder / "a.py")
-    assert strangers(folder) == ["b.py: found a link, expected a plain file"]
+    assert "found a link that others could redirect" in strangers(tmp_path / "twice")[0]
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "can't be examined" in distrust(tmp_path / "loop")
     assert "can't be examined" in distrust(tmp_path / "nothing" / "there")
+
+
+def test_files_of_a_volume_are_links_and_as_good_as_what_they_lead_through(folder: Path, tmp_path: Path) -> None:
+    as_a_volume(folder)
+    version = folder / "..2026_11_29_19_45_00.1"
+    assert (folder / "a.py").is_file() and distrust(folder) == "" and strangers(folder) == []
+    (version / "a.py").chmod(0o666)
+    assert "a.py: found a link that others could redirect" in strangers(folder)[0]
+    (version / "a.py").chmod(0o664)
+    assert "a.py: " in strangers(folder)[0], "stricter than for what lies outside"
+    (version / "a.py").chmod(0o644)
+    version.chmod(0o777)
+    assert any("..data: found a link that others could redirect" in line for line in strangers(folder))
+    version.chmod(0o755)
+    assert strangers(folder) == []
+    other = tmp_path / "open"
+    other.mkdir()
+    (other / "c.py").write_text("")
+    (folder / "c.py").symlink_to(other / "c.py")
+    assert strangers(folder) == []
+    other.chmod(0o777)
+    (line,) = strangers(folder)
+    assert line.startswith("c.py: found a link that others could redirect") and "open: others may write" in line
+    other.chmod(0o755)
+    (other / "c.py").unlink()
+    assert "can't be examined" in strangers(folder)[0]
+
+
+def test_what_can_not_be_imported_by_its_name_is_no_module(folder: Path) -> None:
+    as_a_volume(folder)
+    assert [path.name for path in folder.iterdir() if trust.importable(path)] == ["a.py"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_the_remedy_is_one_that_this_user_can_apply(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.chmod(0o777)
+    assert distrust(folder).endswith("chmod go-w")
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    assert distrust(folder).endswith("ask user 0 for chmod go-w, or copy it to a folder of your own")
+    folder.chmod(0o755)
+    os.chown(folder, 54322, -1)
+    assert distrust(folder).endswith("ask root to chown it, or copy it to a folder of your own")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o644), (0o000, 0o644), (0o077, 0o600)])
+def test_a_file_is_put_in_place_whole_and_closed_to_writers(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        trust.put(tmp_path / "a", b"one")
+        trust.put(tmp_path / "a", b"two")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").read_bytes() == b"two" and (tmp_path / "a").stat().st_mode & 0o777 == mode
+    with pytest.raises(OSError, match="nowhere"):
+        trust.put(tmp_path / "nowhere" / "a", b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_group_without_a_name_is_its_user_s_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    assert trust._private(54321) and not trust._private(54322) and not trust._private(0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert not trust._private(54321)
 
 
 def test_relative_ways_and_dots_mean_what_they_mean(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,19 +8,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
-import threading
-import time
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
 
+from dks.dispatch import room
 from dks.dispatch.compiler import find_compiler
-from dks.dispatch.gpu.cutlass import build, configuration, library, memory
+from dks.dispatch.gpu.cutlass import build, configuration, library
 from dks.dispatch.gpu.cutlass.configuration import SIZES, Configuration, configurations
 from dks.dispatch.gpu.cutlass.library import Call, Linear
-from dks.dispatch.gpu.cutlass.memory import Job, run_within
 from dks.dispatch.kernel import relative_error
 from dks.dispatch.problem import alignment
 from dks.dispatch.tiles.library import Missing
@@ -154,66 +152,6 @@ def test_a_digest_changes_with_all_that_decides_the_code(tmp_path: Path, monkeyp
     configuration._sources.cache_clear()
 
 
-class Watched:
-    """Jobs that note how much memory they would take together."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.used = self.most = self.together = self.most_together = 0
-        self.order: list[str] = []
-
-    def job(self, name: str, need: int, answer: str = "") -> Job:
-        def run() -> str:
-            with self.lock:
-                self.order.append(name)
-                self.used, self.together = self.used + need, self.together + 1
-                self.most, self.most_together = max(self.most, self.used), max(self.most_together, self.together)
-            time.sleep(0.02)
-            with self.lock:
-                self.used, self.together = self.used - need, self.together - 1
-            return answer
-
-        return Job(name, need, run)
-
-
-def test_no_more_runs_at_once_than_memory_allows() -> None:
-    watched = Watched()
-    jobs = [watched.job(f"{i}", need) for i, need in enumerate((1, 4, 2, 4, 1, 3, 1, 4, 2))]
-    assert run_within(jobs, 6, 8) == [""] * len(jobs)
-    assert watched.most <= 6 and watched.most_together > 1
-    assert sorted(watched.order) == [job.name for job in jobs]
-    assert watched.order[0] == "1", "the largest first"
-
-
-def test_no_more_runs_at_once_than_workers() -> None:
-    watched = Watched()
-    run_within([watched.job(f"{i}", 1) for i in range(9)], 100, 3)
-    assert watched.most_together == 3
-
-
-def test_what_does_not_fit_at_all_is_said_and_the_rest_runs() -> None:
-    watched = Watched()
-    jobs = [watched.job("small", 10**9, "no"), watched.job("large", 4 * 10**9), watched.job("other", 10**9)]
-    assert run_within(jobs, 2 * 10**9, 2) == ["no", "large: needs 4.0 GB of memory, 2.0 GB may be used", ""]
-    assert "large" not in watched.order
-
-
-def test_available_memory_is_the_least_of_what_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info, group = tmp_path / "meminfo", tmp_path / "group"
-    info.write_text("MemTotal: 9000 kB\nMemAvailable:    1000 kB\nBuffers: 5 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", info)
-    monkeypatch.setattr(memory, "_GROUP", group)
-    assert memory.available() == 921_600
-    group.mkdir()
-    (group / "memory.max").write_text("max\n")
-    assert memory.available() == 921_600
-    (group / "memory.max").write_text("500000\n")
-    (group / "memory.current").write_text("100000\n")
-    assert memory.available() == 360_000
-    monkeypatch.setenv(memory.LIMIT, "100")
-    assert memory.available() == 100 << 30
-
-
 NVCC = """#!/bin/sh
 if [ "$1" = --version ]; then echo "nvcc: release 13.0"; exit 0; fi
 echo "start $*" >> {log}
@@ -256,11 +194,16 @@ def test_compiling_is_done_once_and_failures_are_kept(nvcc: Path) -> None:
     assert len(nvcc.read_text().splitlines()) == 10
 
 
-def test_compilers_share_the_memory_there_is(nvcc: Path) -> None:
+def test_compilers_share_the_memory_there_is(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     several = [dataclasses.replace(MULTISTAGE, epilogue=each) for each in ("none", "gelu", "silu")]
-    assert build.build(several, limit=MULTISTAGE.memory) == {}
+    monkeypatch.setattr(room, "cpus", lambda: 8)
+    monkeypatch.setattr(room, "memory", lambda: MULTISTAGE.memory)
+    told: list[tuple[int, int]] = []
+    assert build.build(several, lambda *each: told.append(each)) == {}
+    assert told == [(1, 3), (2, 3), (3, 3)]
     assert [line[:3] for line in nvcc.read_text().splitlines()] == ["sta", "end"] * 6, "one after the other"
-    said = build.build([COOPERATIVE], limit=10**9)
+    monkeypatch.setattr(room, "memory", lambda: 10**9)
+    said = build.build([COOPERATIVE])
     assert said == {COOPERATIVE.symbol: f"{COOPERATIVE.symbol}: needs 4.0 GB of memory, 1.0 GB may be used"}
 
 

@@ -35,7 +35,7 @@ def command(*words: object) -> Done:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A config with a kernel that crashes, and its sweep."""
-    home = tmp_path_factory.mktemp("cli")
+    home = tmp_path_factory.mktemp("a b é")
     (home / "small.yaml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(pool.MORE_KERNELS, "tests.profiler.fault_kernels")

@@ -44,7 +44,7 @@ def headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "tiny.hpp").write_text(TINY.format("return 7;"))
     monkeypatch.setattr(units, "HEADERS", folder)
     monkeypatch.setattr(build, "HEADERS", folder)
-    monkeypatch.setenv(build.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(build.CACHE, str(tmp_path / "a b é"))
     monkeypatch.setattr(library, "_locate", build.locate)
     units.source_of.cache_clear()
     yield folder

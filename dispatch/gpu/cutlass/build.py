@@ -12,15 +12,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dks.dispatch import trust
-from dks.dispatch.compiler import digest_of, failure, run_compiler
+from dks.dispatch import room, trust
+from dks.dispatch.compiler import asked, digest_of, failure, run_compiler
 from dks.dispatch.gpu.cutlass.configuration import HERE, Configuration
-from dks.dispatch.gpu.cutlass.memory import Job, available, run_within
 from dks.dispatch.tiles.build import CACHE, cache, distrust
 from dks.dispatch.tiles.library import Missing
 
@@ -60,15 +60,10 @@ def unavailable() -> str:
     return find_nvcc()[1] or find_cutlass()[1]
 
 
-def build(
-    wanted: Iterable[Configuration],
-    limit: int | None = None,
-    told: Callable[[int, int], None] = lambda *_: None,
-) -> dict[str, str]:
-    """Compile what is not in the cache.
+def build(wanted: Iterable[Configuration], told: Callable[[int, int], None] = lambda *_: None) -> dict[str, str]:
+    """Compile what is not in the cache, as many at once as there is room for; what takes most memory comes first.
 
     Args:
-        limit: bytes of memory that the compilers may take together; None: what is available.
         told: how many of how many have been compiled, each time that one has.
 
     Returns:
@@ -77,13 +72,20 @@ def build(
     configurations = list(dict.fromkeys(wanted))
     if why := distrust() or unavailable():
         return {each.symbol: why for each in configurations}
-    jobs = [
-        Job(each.symbol, each.memory, lambda each=each: _build_one(each))  # type: ignore[misc]
-        for each in configurations
-        if not is_built(each)
-    ]
-    reasons = run_within(jobs, available() if limit is None else limit, os.cpu_count() or 1, told)
-    return {job.name: why for job, why in zip(jobs, reasons, strict=True) if why}
+    missing = sorted((each for each in configurations if not is_built(each)), key=lambda each: -each.memory)
+    limit = room.memory()
+    failed = {
+        each.symbol: f"{each.symbol}: needs {each.memory / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB may be used"
+        for each in missing
+        if each.memory > limit
+    }
+    with ThreadPoolExecutor(room.cpus()) as pool:
+        running = {pool.submit(_build_one, each): each for each in missing if each.symbol not in failed}
+        for done, ended in enumerate(as_completed(running), len(missing) - len(running) + 1):
+            if why := ended.result():
+                failed[running[ended].symbol] = why
+            told(done, len(missing))
+    return failed
 
 
 def is_built(configuration: Configuration) -> bool:
@@ -97,9 +99,9 @@ def locate(configuration: Configuration) -> Path:
     Raises:
         Missing: ``build`` has not made it, with the reason; or others may write to the folder.
     """
-    if why := distrust():
-        raise Missing(why)
     path = _path(configuration, ".so")
+    if why := distrust(path):
+        raise Missing(why)
     if path.is_file():
         return path
     failed = _path(configuration, ".txt")
@@ -159,7 +161,7 @@ def _build_one(configuration: Configuration) -> str:
         reason = f"{configuration.symbol} does not compile: {reason}"
         try:
             trust.make_folder(cache())
-            _path(configuration, ".txt").write_text(reason, encoding="utf-8")
+            trust.put(_path(configuration, ".txt"), reason.encode())
         except OSError as error:
             reason = f"{cache()}: can't be written ({error.strerror}); set {CACHE} to a folder that can"
     return reason
@@ -173,9 +175,11 @@ def _compile(configuration: Configuration) -> str:
             (folder / "kernel.cu").write_text(source(configuration), encoding="utf-8")
             compiling = command(configuration)
             for step in (compiling, [compiling[0], *LINK, "kernel.o", "-o", "kernel.so"]):
-                code, output = run_compiler(step, folder, TIMEOUT)
+                code, output = run_compiler(step, folder, TIMEOUT, configuration.memory)
                 if code != 0:
                     return failure(step, code, output)
+            for made in ("kernel.o", "kernel.so"):
+                trust.tighten(folder / made)
             # The object first: a library without it would be taken as whole.
             (folder / "kernel.o").replace(_path(configuration, ".o"))
             (folder / "kernel.so").replace(_path(configuration, ".so"))
@@ -207,7 +211,7 @@ def described() -> str:
 
 @lru_cache
 def _version(nvcc: Path) -> str:
-    code, output = run_compiler([str(nvcc), "--version"], Path("/"))
+    code, output = asked([str(nvcc), "--version"])
     return f"{nvcc} {code} {output.strip()}"
 
 
