@@ -390,6 +390,28 @@ def test_averaged_and_sharded_by_class(runtime: Any) -> None:
     assert torch.allclose(ours(x()), plain(x()), atol=1e-5)
 
 
+def test_a_class_written_upon_a_serving_layers_is_one_of_the_plain_class(runtime: Any) -> None:
+    plain, ours = both(runtime, pair)
+
+    class Scaled(type(ours[1])):  # type: ignore[misc]
+        def __init__(self, k: int, n: int, scale: float = 2.0) -> None:
+            super().__init__(k, n)
+            self.scale = scale
+
+        def forward(self, t: torch.Tensor) -> torch.Tensor:
+            return self.scale * super().forward(t)
+
+    class Both(type(ours[1]), nn.Linear):  # type: ignore[misc]
+        pass
+
+    made = Scaled(8, 8, scale=3.0)
+    made.load_state_dict(plain[1].state_dict())
+    assert Scaled.__mro__ == (Scaled, *nn.Linear.__mro__) and Both.__mro__ == (Both, *nn.Linear.__mro__)
+    for layer in (made, copy.deepcopy(made)):
+        assert torch.equal(layer(x()), 3.0 * plain[1](x()))
+    assert isinstance(ours[1], PreparedLinear), "which goes on serving"
+
+
 def test_names_that_serving_needs_are_left_to_who_has_them(runtime: Any) -> None:
     class Counted(nn.Module):
         def __init__(self) -> None:
