@@ -38,7 +38,7 @@ class Disguised(nn.Module):
         if bases != cls.__bases__:
             cls.__bases__ = bases
             if cls.__new__ is object.__new__:  # Python remembers ours, and gives this one no arguments for it
-                cls.__new__ = lambda kind, *_, **__: object.__new__(kind)  # type: ignore[method-assign]
+                cls.__new__ = staticmethod(_new)  # type: ignore[method-assign, assignment]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # type(module)(...), as a slice of an nn.Sequential is made, or the bare object of a copy made by hand.
@@ -88,6 +88,10 @@ def serves(module: nn.Module) -> bool:
     """Whether a method of ours may go on with ``module``: tools keep ``module.forward``, and call it when the
     module was restored or copied since."""
     return isinstance(module, Disguised)
+
+
+def _new(kind: type, *_: Any, **__: Any) -> Any:
+    return object.__new__(kind)
 
 
 def _plain(kind: type) -> type:

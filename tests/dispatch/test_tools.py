@@ -404,11 +404,12 @@ def test_a_class_written_upon_a_serving_layers_is_one_of_the_plain_class(runtime
     class Both(type(ours[1]), nn.Linear):  # type: ignore[misc]
         pass
 
-    made = Scaled(8, 8, scale=3.0)
+    given = torch.randn(4, 16)
+    made = Scaled(16, 8, scale=3.0)
     made.load_state_dict(plain[1].state_dict())
     assert Scaled.__mro__ == (Scaled, *nn.Linear.__mro__) and Both.__mro__ == (Both, *nn.Linear.__mro__)
     for layer in (made, copy.deepcopy(made)):
-        assert torch.equal(layer(x()), 3.0 * plain[1](x()))
+        assert torch.equal(layer(given), 3.0 * plain[1](given))
     assert isinstance(ours[1], PreparedLinear), "which goes on serving"
 
 

@@ -143,16 +143,28 @@ def test_a_layer_that_refers_to_itself_is_copied(runtime: Any) -> None:
     assert twin.owner[1] is twin and type(twin) is nn.Linear and type(twin.owner[0]) is Net
 
 
-def test_a_kept_forward_goes_on_when_its_module_is_plain_again(runtime: Any, route: Any) -> None:
+class _OwnNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, (8,), self.weight, self.eps)
+
+
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_a_kept_method_goes_on_when_its_module_is_plain_again(runtime: Any, route: Any, method: str) -> None:
     norms = route("layer_norm", ("torch.native_layer_norm",), [{"n": 8}])
-    model = nn.ModuleList([nn.Sequential(nn.Linear(8, 16), nn.GELU()), nn.Linear(8, 8), nn.LayerNorm(8)])
+    rms_norms = route("rms_norm", ("torch.rms_vector_norm",), [{"n": 8}])
+    pair = nn.Sequential(nn.Linear(8, 16), nn.GELU())
+    model = nn.ModuleList([pair, nn.Linear(8, 8), nn.LayerNorm(8), nn.RMSNorm(8), _OwnNorm()])
     wanted = [module(x()) for module in model]
-    for table in (runtime, norms):
-        table.optimize(model)
+    for table in (runtime, norms, rms_norms):
+        assert table.optimize(model).swapped
     for module in (*model, model[0][0]):
-        module.kept = module.forward
+        module.kept = getattr(module, method)
     twin = copy.deepcopy(model)
-    for table in (runtime, norms):
+    for table in (runtime, norms, rms_norms):
         table.restore(model)
     for net in (twin, model):
         for module, y in zip(net, wanted, strict=True):
