@@ -50,8 +50,12 @@ def swap_note(
 
 
 def bind_again(server: Server, path: str, layer: PreparedModule) -> dict[nn.Module, Swap]:
-    """Bind ``layer`` to its parameters as they are now, if it is this server's and they changed."""
-    if layer.server is not server or not layer.stale:
+    """Bind ``layer`` to its parameters as they are now, if it is this server's and they changed; that of another
+    table is named and left."""
+    if layer.server is not server:
+        note = f"is served by the table {layer.server.runtime.name!r} already"
+        return {layer: Swap(path, server.op, False, note)} if layer.server.op == server.op else {}
+    if not layer.stale:
         return {}
     layer.refresh()
     return {layer: Swap(path, server.op, layer.bound, f"bound again: {layer.describe()}")}

@@ -289,6 +289,31 @@ def test_restore_takes_what_prepare_made_and_leaves_another_tables(runtime: Any,
     ]
 
 
+def test_a_layer_takes_its_argument_by_the_plain_layers_name(runtime: Any, route: Any) -> None:
+    layers = {"input": [nn.Linear(8, 8), nn.LayerNorm(8)], "x": [nn.RMSNorm(8)], "hidden": [_OwnNorm()]}
+    for name, modules in layers.items():
+        for module in modules:
+            wanted = module(x())
+            for op, id in (("layer_norm", "torch.native_layer_norm"), ("rms_norm", "torch.rms_vector_norm")):
+                route(op, (id,), [{"n": 8}]).optimize(module)
+            runtime.optimize(module)
+            assert isinstance(module, PreparedModule)
+            for call in (module, module.forward):
+                assert torch.allclose(call(**{name: x()}), wanted, atol=1e-5)
+                with pytest.raises(TypeError):
+                    call(another=x())
+
+
+def test_a_layer_that_another_table_serves_is_named(runtime: Any) -> None:
+    other = Runtime("other", runtime.generation)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.GELU()), nn.Linear(16, 8))
+    assert other.optimize(model).swapped == 2
+    report = runtime.optimize(model)
+    assert [(s.path, s.done, s.note) for s in report.swaps] == [
+        (path, False, "is served by the table 'other' already") for path in ("1", "0.0")
+    ]
+
+
 def test_norms_are_restored(route: Any) -> None:
     for op, candidate, norm in (
         ("layer_norm", "torch.native_layer_norm", nn.LayerNorm(8)),
