@@ -16,7 +16,7 @@ from dks.dispatch.lookalike import EPS_NAMES, Lookalike, norm_like
 from dks.dispatch.prepared import PreparedModule, as_modules_do, parameter_note, prepare
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import Question, Server, tensors_objection
-from dks.dispatch.swap import bind_again, places, restore_layers, swap_note
+from dks.dispatch.swap import bind_again, patched_note, places, restore_layers, swap_note
 from dks.dispatch.traced import takes
 
 
@@ -145,7 +145,8 @@ class NormServer(Server):
             return "has no " + " or no ".join(self.parameters)
         if norm.normalized_shape != weight.shape or weight.dim() != 1:
             return f"normalises over {norm.normalized_shape}, expected the last dim alone"
-        return swap_note(norm, self.parameters) or parameter_note(self.device, weight, *bias)
+        note = patched_note(self.layer) or swap_note(norm, self.parameters)
+        return note or parameter_note(self.device, weight, *bias)
 
 
 def rows_objection(

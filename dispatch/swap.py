@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -35,6 +36,13 @@ def attachment_note(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "has a forward of its own"
     return None if module._compiled_call_impl is None else "is compiled"
+
+
+def patched_note(kind: type[nn.Module]) -> str | None:
+    """What was put in the place of ``forward`` of a class of PyTorch's, for all of its modules, or None."""
+    if getattr(kind.forward, "__globals__", None) is vars(sys.modules[kind.__module__]):
+        return None
+    return f"{kind.__name__}.forward was replaced, expected PyTorch's own"
 
 
 def swap_note(

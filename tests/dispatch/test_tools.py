@@ -413,6 +413,23 @@ def test_a_class_written_upon_a_serving_layers_is_one_of_the_plain_class(runtime
     assert isinstance(ours[1], PreparedLinear), "which goes on serving"
 
 
+@pytest.mark.parametrize(
+    ("kind", "op"), [(nn.Linear, "linear"), (nn.LayerNorm, "layer_norm"), (nn.RMSNorm, "rms_norm")]
+)
+def test_a_class_whose_forward_was_replaced_is_left(
+    route: Any, monkeypatch: pytest.MonkeyPatch, kind: Any, op: str
+) -> None:
+    id = {"linear": PACKED, "layer_norm": "torch.native_layer_norm", "rms_norm": "torch.rms_vector_norm"}[op]
+    table = route(op, (id,), [{"n": 8, "k": 8} if op == "linear" else {"n": 8}])
+    original, layer = kind.forward, nn.Sequential(kind(8, 8) if op == "linear" else kind(8))
+    monkeypatch.setattr(kind, "forward", lambda self, t: 2 * original(self, t))
+    wanted = layer(x())
+    assert f"{kind.__name__}.forward was replaced" in str(table.optimize(layer))
+    assert torch.equal(layer(x()), wanted)
+    monkeypatch.undo()
+    assert table.optimize(layer).swapped == 1
+
+
 def test_names_that_serving_needs_are_left_to_who_has_them(runtime: Any) -> None:
     class Counted(nn.Module):
         def __init__(self) -> None:
