@@ -27,8 +27,18 @@ class Disguised(nn.Module):
         own: names of the attributes that serving puts on the module; they neither copy nor travel.
     """
 
-    plain_class: type[nn.Module] = nn.Module
+    plain_class: type[nn.Module]
     own: frozenset[str] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A class that a tool makes of one that was made here, as parametrizations and sharding do, or a user who
+        # writes class Mine(type(module)), is to be one of the plain class.
+        super().__init_subclass__(**kwargs)
+        bases = tuple(dict.fromkeys(map(_plain, cls.__bases__)))
+        if bases != cls.__bases__:
+            cls.__bases__ = bases
+            if cls.__new__ is object.__new__:  # Python remembers ours, and gives this one no arguments for it
+                cls.__new__ = staticmethod(_new)  # type: ignore[method-assign, assignment]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # type(module)(...), as a slice of an nn.Sequential is made, or the bare object of a copy made by hand.
@@ -57,9 +67,8 @@ class Disguised(nn.Module):
         return {k: v.copy() if isinstance(v, dict) else v for k, v in kept.items()}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "__class__":  # as parametrizations and sharding do: what they made is to be of the plain class
+        if name == "__class__":  # a tool that gives a module another class has the last word
             self.restore()
-            value.__bases__ = tuple(map(_plain, value.__bases__))
             object.__setattr__(self, name, _plain(value))
             return
         super().__setattr__(name, value)
@@ -79,6 +88,10 @@ def serves(module: nn.Module) -> bool:
     """Whether a method of ours may go on with ``module``: tools keep ``module.forward``, and call it when the
     module was restored or copied since."""
     return isinstance(module, Disguised)
+
+
+def _new(kind: type, *_: Any, **__: Any) -> Any:
+    return object.__new__(kind)
 
 
 def _plain(kind: type) -> type:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from dks.dispatch.ambient import is_compiling
-from dks.dispatch.disguise import disguise_note
+from dks.dispatch.disguise import disguise_note, serves
 from dks.dispatch.lookalike import EPS_NAMES, Lookalike, norm_like
 from dks.dispatch.prepared import PreparedModule, as_modules_do, parameter_note, prepare
 from dks.dispatch.runtime import Swap
 from dks.dispatch.served import Question, Server, tensors_objection
-from dks.dispatch.swap import bind_again, places, restore_layers, swap_note
+from dks.dispatch.swap import bind_again, patched_note, places, restore_layers, swap_note
 from dks.dispatch.traced import takes
 
 
@@ -33,10 +33,16 @@ class LikeNorm(PreparedModule):
         """See ``forward``."""
         if len(args) != 1 or kwargs or is_compiling():
             return as_modules_do(self, *args, **kwargs)
-        return self._fast(self, args[0])
+        try:
+            fast = self._fast
+        except AttributeError:  # see PreparedModule
+            fast = as_modules_do
+        return fast(self, args[0])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """input (..., n) -> (..., n), as its own class would compute it: same errors, same names of arguments."""
+        if not serves(self):
+            return type(self).forward(self, *args, **kwargs)
         if not args and {*kwargs} == {self._argument}:
             args, kwargs = tuple(kwargs.values()), {}
         if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
@@ -139,7 +145,8 @@ class NormServer(Server):
             return "has no " + " or no ".join(self.parameters)
         if norm.normalized_shape != weight.shape or weight.dim() != 1:
             return f"normalises over {norm.normalized_shape}, expected the last dim alone"
-        return swap_note(norm, self.parameters) or parameter_note(self.device, weight, *bias)
+        note = patched_note(self.layer) or swap_note(norm, self.parameters)
+        return note or parameter_note(self.device, weight, *bias)
 
 
 def rows_objection(

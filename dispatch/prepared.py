@@ -292,7 +292,11 @@ class PreparedModule(Disguised):
         """See ``forward``."""
         if is_compiling():
             return as_modules_do(self, input) if residual is None else as_modules_do(self, input, residual)
-        return self._fast(self, input) if residual is None else self._fast(self, input, residual)
+        try:
+            fast = self._fast
+        except AttributeError:  # somebody kept this method, and the module is plain since
+            fast = as_modules_do
+        return fast(self, input) if residual is None else fast(self, input, residual)
 
     def __setattr__(self, name: str, value: Any) -> None:
         settings = self.settings  # before, since it may get another class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -37,6 +38,13 @@ def attachment_note(module: nn.Module) -> str | None:
     return None if module._compiled_call_impl is None else "is compiled"
 
 
+def patched_note(kind: type[nn.Module]) -> str | None:
+    """What was put in the place of ``forward`` of a class of PyTorch's, for all of its modules, or None."""
+    if getattr(kind.forward, "__globals__", None) is vars(sys.modules[kind.__module__]):
+        return None
+    return f"{kind.__name__}.forward was replaced, expected PyTorch's own"
+
+
 def swap_note(
     module: nn.Module,
     parameters: Sequence[str] = ("weight", "bias"),
@@ -50,8 +58,12 @@ def swap_note(
 
 
 def bind_again(server: Server, path: str, layer: PreparedModule) -> dict[nn.Module, Swap]:
-    """Bind ``layer`` to its parameters as they are now, if it is this server's and they changed."""
-    if layer.server is not server or not layer.stale:
+    """Bind ``layer`` to its parameters as they are now, if it is this server's and they changed; that of another
+    table is named and left."""
+    if layer.server is not server:
+        note = f"is served by the table {layer.server.runtime.name!r} already"
+        return {layer: Swap(path, server.op, False, note)} if layer.server.op == server.op else {}
+    if not layer.stale:
         return {}
     layer.refresh()
     return {layer: Swap(path, server.op, layer.bound, f"bound again: {layer.describe()}")}

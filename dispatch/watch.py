@@ -1,6 +1,6 @@
 """Noticing that a layer's parameters are no longer those that its kernels were bound to.
 
-- By the next call: another parameter object, another address, a version counter that moved.
+- By the next call: another parameter object, another address, dtype, shape or stride, a version counter that moved.
 - Within ``scrub_calls`` calls: bytes that changed where no counter sees it, as by a write through ``.data``, by
   numpy, another library or another process, or in place to an inference tensor. Each call looks at the next part of
   the parameter, in pieces spread evenly over it, and goes on where the last call stopped. So the next call notices
@@ -83,7 +83,7 @@ class Watch:
         tensors = [t for t in (weight, bias) if t is not None]
         # Held, so that no other tensor can come to lie at these addresses, and the bytes stay readable.
         self._storages = [t.untyped_storage() for t in tensors]
-        self._seen = [(t, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+        self._seen = [(t, _place(t), None if t.is_inference() else t._version) for t in tensors]
         self._spans: tuple[Span, ...] = ()
         self._sums: list[list[int]] = []
         self._calls = count()
@@ -91,7 +91,7 @@ class Watch:
         self._copies: dict[str, torch.Tensor] = {}
         self.scrub_calls = 0
         self.debugs = os.environ.get(DEBUG) == "1"
-        seen = tuple((t, address, -1 if version is None else version) for t, address, version in self._seen)
+        seen = tuple((t, t.data_ptr(), -1 if version is None else version) for t, _, version in self._seen)
         self.native = None if native.module is None else native.module.Watch(weight, bias, seen)
 
     def cover(self) -> None:
@@ -140,8 +140,8 @@ class Watch:
         if weight is not self._weight or bias is not self._bias:
             return True
         return any(
-            t.data_ptr() != address or (version is not None and t._version != version)
-            for t, address, version in self._seen
+            _place(t) != place or (version is not None and t._version != version)
+            for t, place, version in self._seen
         )
 
     def overwritten(self) -> str | None:
@@ -152,6 +152,11 @@ class Watch:
             if not torch.equal(_bytes(now), kept):
                 return name
         return None
+
+
+def _place(t: torch.Tensor) -> tuple[object, ...]:
+    """Where and how ``t`` lies. ``weight.data = weight.data.t()`` moves neither address nor version."""
+    return t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
 def _bytes(t: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,11 @@
 #ifndef DKS_WATCH_HPP
 #define DKS_WATCH_HPP
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "tensor.hpp"
@@ -83,6 +85,15 @@ struct Watch {
     Ref object;
     const void* address;
     std::int64_t version;  // -1: an inference tensor counts none
+    dlpack::DataType dtype{};
+    std::vector<std::int64_t> form;  // shape and strides
+
+    // ``weight.data = weight.data.t()`` moves neither address nor version.
+    bool lies_as(const View& view) const {
+      if (!view.is(dtype) || form.size() != 2 * static_cast<std::size_t>(view.ndim)) return false;
+      const auto strides = form.begin() + view.ndim;
+      return std::equal(form.begin(), strides, view.shape) && std::equal(strides, form.end(), view.strides);
+    }
   };
 
   Ref weight, bias;
@@ -116,7 +127,13 @@ struct Watch {
         return nullptr;
       }
       const auto* at = reinterpret_cast<const void*>(static_cast<std::uintptr_t>(address));
-      state->tensors.push_back({Ref::share(object), at, version});
+      Tensor tensor{Ref::share(object), at, version};
+      if (View view; view.read(object)) {
+        tensor.dtype = view.dtype;
+        tensor.form.assign(view.shape, view.shape + view.ndim);
+        tensor.form.insert(tensor.form.end(), view.strides, view.strides + view.ndim);
+      }
+      state->tensors.push_back(std::move(tensor));
     }
     return Object<Watch>::make(type, state);
   }
@@ -181,7 +198,8 @@ struct Watch {
     if (now_weight != weight.get() || (now_bias == nullptr ? Py_None : now_bias) != bias.get()) return true;
     for (const Tensor& tensor : tensors) {
       View view;
-      if (!view.read(tensor.object.get()) || view.address() != tensor.address) return true;
+      if (!view.read(tensor.object.get()) || view.address() != tensor.address || !tensor.lies_as(view))
+        return true;
       if (tensor.version < 0) continue;
       Ref version = Ref::take(PyObject_GetAttr(tensor.object.get(), torch.version));
       const long long number = version ? PyLong_AsLongLong(version.get()) : -1;

@@ -219,7 +219,7 @@ def test_state_travels_as_nn_rms_norm_does(server: Any) -> None:
     layer, twin = server.prepare(nn.Parameter(weight(), False)), nn.RMSNorm(N)
     assert list(layer.state_dict()) == list(twin.state_dict())
     twin.load_state_dict(layer.state_dict())
-    assert torch.allclose(twin(x(8)), layer(input=x(8)), atol=1e-5)
+    assert torch.allclose(twin(x(8)), layer(x=x(8)), atol=1e-5)
     layer.load_state_dict({"weight": torch.ones(N)})
     assert torch.allclose(layer(x(8)), F.rms_norm(x(8), (N,)), atol=1e-5)
 

@@ -390,6 +390,46 @@ def test_averaged_and_sharded_by_class(runtime: Any) -> None:
     assert torch.allclose(ours(x()), plain(x()), atol=1e-5)
 
 
+def test_a_class_written_upon_a_serving_layers_is_one_of_the_plain_class(runtime: Any) -> None:
+    plain, ours = both(runtime, pair)
+
+    class Scaled(type(ours[1])):  # type: ignore[misc]
+        def __init__(self, k: int, n: int, scale: float = 2.0) -> None:
+            super().__init__(k, n)
+            self.scale = scale
+
+        def forward(self, t: torch.Tensor) -> torch.Tensor:
+            return self.scale * super().forward(t)
+
+    class Both(type(ours[1]), nn.Linear):  # type: ignore[misc]
+        pass
+
+    given = torch.randn(4, 16)
+    made = Scaled(16, 8, scale=3.0)
+    made.load_state_dict(plain[1].state_dict())
+    assert Scaled.__mro__ == (Scaled, *nn.Linear.__mro__) and Both.__mro__ == (Both, *nn.Linear.__mro__)
+    for layer in (made, copy.deepcopy(made)):
+        assert torch.equal(layer(given), 3.0 * plain[1](given))
+    assert isinstance(ours[1], PreparedLinear), "which goes on serving"
+
+
+@pytest.mark.parametrize(
+    ("kind", "op"), [(nn.Linear, "linear"), (nn.LayerNorm, "layer_norm"), (nn.RMSNorm, "rms_norm")]
+)
+def test_a_class_whose_forward_was_replaced_is_left(
+    route: Any, monkeypatch: pytest.MonkeyPatch, kind: Any, op: str
+) -> None:
+    id = {"linear": PACKED, "layer_norm": "torch.native_layer_norm", "rms_norm": "torch.rms_vector_norm"}[op]
+    table = route(op, (id,), [{"n": 8, "k": 8} if op == "linear" else {"n": 8}])
+    original, layer = kind.forward, nn.Sequential(kind(8, 8) if op == "linear" else kind(8))
+    monkeypatch.setattr(kind, "forward", lambda self, t: 2 * original(self, t))
+    wanted = layer(x())
+    assert f"{kind.__name__}.forward was replaced" in str(table.optimize(layer))
+    assert torch.equal(layer(x()), wanted)
+    monkeypatch.undo()
+    assert table.optimize(layer).swapped == 1
+
+
 def test_names_that_serving_needs_are_left_to_who_has_them(runtime: Any) -> None:
     class Counted(nn.Module):
         def __init__(self) -> None:

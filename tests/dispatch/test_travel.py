@@ -143,16 +143,28 @@ def test_a_layer_that_refers_to_itself_is_copied(runtime: Any) -> None:
     assert twin.owner[1] is twin and type(twin) is nn.Linear and type(twin.owner[0]) is Net
 
 
-def test_a_kept_forward_goes_on_when_its_module_is_plain_again(runtime: Any, route: Any) -> None:
+class _OwnNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, (8,), self.weight, self.eps)
+
+
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_a_kept_method_goes_on_when_its_module_is_plain_again(runtime: Any, route: Any, method: str) -> None:
     norms = route("layer_norm", ("torch.native_layer_norm",), [{"n": 8}])
-    model = nn.ModuleList([nn.Sequential(nn.Linear(8, 16), nn.GELU()), nn.Linear(8, 8), nn.LayerNorm(8)])
+    rms_norms = route("rms_norm", ("torch.rms_vector_norm",), [{"n": 8}])
+    pair = nn.Sequential(nn.Linear(8, 16), nn.GELU())
+    model = nn.ModuleList([pair, nn.Linear(8, 8), nn.LayerNorm(8), nn.RMSNorm(8), _OwnNorm()])
     wanted = [module(x()) for module in model]
-    for table in (runtime, norms):
-        table.optimize(model)
+    for table in (runtime, norms, rms_norms):
+        assert table.optimize(model).swapped
     for module in (*model, model[0][0]):
-        module.kept = module.forward
+        module.kept = getattr(module, method)
     twin = copy.deepcopy(model)
-    for table in (runtime, norms):
+    for table in (runtime, norms, rms_norms):
         table.restore(model)
     for net in (twin, model):
         for module, y in zip(net, wanted, strict=True):
@@ -274,6 +286,31 @@ def test_restore_takes_what_prepare_made_and_leaves_another_tables(runtime: Any,
         nn.Sequential,
         nn.Linear,
         nn.ReLU,
+    ]
+
+
+def test_a_layer_takes_its_argument_by_the_plain_layers_name(runtime: Any, route: Any) -> None:
+    layers = {"input": [nn.Linear(8, 8), nn.LayerNorm(8)], "x": [nn.RMSNorm(8)], "hidden": [_OwnNorm()]}
+    for name, modules in layers.items():
+        for module in modules:
+            wanted = module(x())
+            for op, id in (("layer_norm", "torch.native_layer_norm"), ("rms_norm", "torch.rms_vector_norm")):
+                route(op, (id,), [{"n": 8}]).optimize(module)
+            runtime.optimize(module)
+            assert isinstance(module, PreparedModule)
+            for call in (module, module.forward):
+                assert torch.allclose(call(**{name: x()}), wanted, atol=1e-5)
+                with pytest.raises(TypeError):
+                    call(another=x())
+
+
+def test_a_layer_that_another_table_serves_is_named(runtime: Any) -> None:
+    other = Runtime("other", runtime.generation)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.GELU()), nn.Linear(16, 8))
+    assert other.optimize(model).swapped == 2
+    report = runtime.optimize(model)
+    assert [(s.path, s.done, s.note) for s in report.swaps] == [
+        (path, False, "is served by the table 'other' already") for path in ("1", "0.0")
     ]
 
 

@@ -75,6 +75,27 @@ WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+LAID_OUT_ANEW: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "transposed": lambda t: t.t(),
+    "fewer rows": lambda t: t[:16],
+    "fewer columns": lambda t: t[:, :16],
+    "one row more often": lambda t: t[:1].expand_as(t),
+    "as numbers of another kind": lambda t: t.view(torch.int32),
+}
+
+
+@pytest.mark.parametrize("case", LAID_OUT_ANEW)
+def test_other_values_at_the_same_address_are_noticed_by_the_very_next_call(case: str, form: str) -> None:
+    t = nn.Parameter(torch.randn(32, 32), requires_grad=False)
+    watch, address = watched(t), t.data_ptr()
+    assert not watch.changed(t, None)
+    before, t.data = t.data, LAID_OUT_ANEW[case](t.data)
+    assert t.data_ptr() == address and t._version == 0, "neither of which says so"
+    assert watch.changed(t, None)
+    t.data = before
+    assert not watch.changed(t, None)
+
+
 @pytest.mark.parametrize("write", WRITES)
 def test_what_is_noticed_by_the_very_next_call(write: str, form: str) -> None:
     t = torch.randn(256, 256)

@@ -145,9 +145,13 @@ class Pair(Disguised):
     _server: LinearServer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or is_compiling() or not self._parts.same(self):
+        if len(args) != 1 or kwargs or is_compiling():
             return as_modules_do(self, *args, **kwargs)
-        return self._parts.linear._fast(self, args[0])
+        try:
+            parts = self._parts
+        except AttributeError:  # see PreparedModule
+            return as_modules_do(self, *args)
+        return parts.linear._fast(self, args[0]) if parts.same(self) else as_modules_do(self, *args)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """input (..., k) -> (..., n), as the plain module would compute it."""

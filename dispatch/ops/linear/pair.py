@@ -13,12 +13,13 @@ from dks.dispatch.disguise import disguise_note
 from dks.dispatch.ops.linear.epilogue import ACTIVATIONS
 from dks.dispatch.ops.linear.layers import Pair, PairedLinear
 from dks.dispatch.prepared import parameter_note
-from dks.dispatch.swap import attachment_note, swap_note
+from dks.dispatch.swap import attachment_note, patched_note, swap_note
 
 
 def linear_note(linear: nn.Linear, device: str) -> str | None:
     """Why a linear must stay as it is under a table for this kind of device, or None."""
-    note = swap_note(linear, kind=PairedLinear) or parameter_note(device, linear.weight, linear.bias)
+    note = patched_note(nn.Linear) or swap_note(linear, kind=PairedLinear)
+    note = note or parameter_note(device, linear.weight, linear.bias)
     return note or ("shape" if linear.weight.dim() != 2 else None)
 
 

@@ -12,7 +12,7 @@ from dks.dispatch.ambient import is_compiling
 from dks.dispatch.kernel import Output
 from dks.dispatch.norms import LikeNorm, NormServer, rows_objection, rows_traced
 from dks.dispatch.ops.rms_norm.traced import ADD_RMS_NORM, RMS_NORM, add_and_normalize, normalize
-from dks.dispatch.prepared import PreparedModule, as_parameter, prepare
+from dks.dispatch.prepared import PreparedModule, as_modules_do, as_parameter, prepare
 from dks.dispatch.problem import alignment
 from dks.dispatch.served import DTYPE_NAMES, Question, residual_objection
 from dks.dispatch.traced import takes, wanted
@@ -106,6 +106,21 @@ class PreparedRMSNorm(PreparedModule):
     normalized_shape: tuple[int, ...]
     settings = frozenset({"eps", "normalized_shape"})
     _server: RMSNormServer
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """See ``forward``."""
+        # As of every prepared layer, but nn.RMSNorm calls its argument x: one more call would cost each of them.
+        if is_compiling():
+            return as_modules_do(self, x) if residual is None else as_modules_do(self, x, residual)
+        try:
+            fast = self._fast
+        except AttributeError:
+            fast = as_modules_do
+        return fast(self, x) if residual is None else fast(self, x, residual)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """x (..., n)[, residual (..., n)] -> the layer's output, as the framework would compute it."""
+        return PreparedModule.forward(self, x, residual)
 
     @property
     def _epsilon(self) -> float | None:
