@@ -26,8 +26,8 @@ MEMORY = (
     *("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"),
     *("MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "THP_MEM_ALLOC_ENABLE"),
 )
-"""What memory for outputs costs, by glibc or an allocator in its place, and by PyTorch's large pages. ``LD_PRELOAD``
-brings another allocator or OpenMP, such as jemalloc or Intel's: files count by their names, wherever they lie."""
+"""What memory for outputs costs, by glibc or an allocator in its place, and by PyTorch's large pages.
+``LD_PRELOAD`` brings another allocator or OpenMP, such as jemalloc or Intel's: files count by their names, wherever they lie."""
 CPU = (
     *("MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "MKL_DYNAMIC", "MKL_DOMAIN_NUM_THREADS"),
     *("MKL_NUM_STRIPES", "MKL_DISABLE_FAST_MM", "MKL_THREADING_LAYER", "MKL_FAST_MEMORY_LIMIT"),
