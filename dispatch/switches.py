@@ -27,7 +27,8 @@ MEMORY = (
     *("MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "THP_MEM_ALLOC_ENABLE"),
 )
 """What memory for outputs costs, by glibc or an allocator in its place, and by PyTorch's large pages.
-``LD_PRELOAD`` brings another allocator or OpenMP, such as jemalloc or Intel's: files count by their names, wherever they lie."""
+``LD_PRELOAD`` brings another allocator or OpenMP, such as jemalloc or Intel's: files count by
+their names, wherever they lie."""
 CPU = (
     *("MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "MKL_DYNAMIC", "MKL_DOMAIN_NUM_THREADS"),
     *("MKL_NUM_STRIPES", "MKL_DISABLE_FAST_MM", "MKL_THREADING_LAYER", "MKL_FAST_MEMORY_LIMIT"),
