@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dks.codegen.admission import forms
 from dks.codegen.certificate import Certificate, caveats, describe, interval_words, percent
-from dks.codegen.lut import Lut
+from dks.codegen.lut import Invariant, Lut
 from dks.codegen.package import build as build_package
 from dks.codegen.package import check_destination, check_package_name
 from dks.codegen.policy import load_policy
@@ -174,9 +174,8 @@ def _print_invariant(lut: Lut) -> bool:
         table.add_column(column, justify="right" if column in ("by traffic", "at worst") else "left")
     for each in lut.invariant:
         weighted = "no traffic" if each.weighted is None else percent(each.weighted)
-        name = " ".join(f"{k}={v}" for k, v in {**each.statics, **each.traits}.items())
         kernel = each.candidate or "none: the framework's"
-        table.add_row(each.op, each.form, escape(name), kernel, weighted, percent(each.worst))
+        table.add_row(each.op, each.form, escape(_layer(each)), kernel, weighted, percent(each.worst))
     command_line.print_table(table)
     served = [each for each in lut.invariant if each.candidate is not None]
     cost, free = sum(each.cost for each in served), sum(each.free_cost for each in served)
@@ -190,12 +189,17 @@ def _print_invariant(lut: Lut) -> bool:
         broken |= first
         said = "a layer that models call" if first else "calls without preparation"
         click.echo(
-            f"not batch-invariant: {each.op} {each.form} {each.statics} {each.traits} ({said}): the framework "
-            "serves, since no kernel that declares it was measured and admitted in every bin; measure more kernels "
-            "there, or allow a larger --max-error",
+            f"not batch-invariant: {each.op} {each.form} {_layer(each)} ({said}): it is not in the table and the "
+            "framework serves it, since no kernel that declares it was measured and admitted in every bin; measure "
+            "more kernels there, or allow a larger --max-error",
             err=True,
         )
     return broken
+
+
+def _layer(each: Invariant) -> str:
+    """What tells a layer from others of its operator, in a few words."""
+    return " ".join(f"{name}={value}" for name, value in {**each.statics, **each.traits}.items())
 
 
 def _print_certificate(certificate: Certificate) -> None:

@@ -36,7 +36,8 @@ def one_for_all(
 ) -> tuple[tuple[Group, ...], tuple[Evidence, ...], tuple[Invariant, ...]]:
     """The table with one candidate a group.
 
-    A group without such a candidate is left to the framework: its ``Invariant`` has none, and says so.
+    A group without such a candidate is left out: its ``Invariant`` has none and says so, and the framework serves
+    its calls, counted as such. A rule that names the framework's kernel would count them as served as promised.
 
     Args:
         groups, rules: as chosen bin by bin. No two groups share a rule.
@@ -44,7 +45,7 @@ def one_for_all(
         only: the rule of a problem and form for a candidate that is named.
 
     Returns:
-        The groups and the rules in the same order, and what that costs: one entry a group.
+        The groups that are left, the rules in the same order, and what that costs: one entry a group given.
     """
     made, changed, found = list(rules), [], []
     for group in groups:
@@ -56,7 +57,7 @@ def one_for_all(
             old = rules[index]
             new = only(Problem.parse(old.problem), group.form, chosen or default)
             made[index] = replace(new, reason=_reason(chosen, old))
-        changed.append(_to_the_end(group))
+        changed += [_to_the_end(group)] if chosen else []
         found.append(_price(group, chosen, indices, rules, spent))
     return tuple(changed), tuple(made), tuple(found)
 

@@ -81,7 +81,7 @@ def select(rows: Iterable[Measurement], policy: Policy) -> Lut:
         for key, grid in found.items()
         for form in forms(key[0], mode)
     ]
-    few: tuple[Few, ...] = ()
+    all_groups, few = groups, tuple[Few, ...]()
     invariant: tuple[Invariant, ...] = ()
     if policy.batch_invariant:
 
@@ -108,7 +108,7 @@ def select(rows: Iterable[Measurement], policy: Policy) -> Lut:
     rules = tuple(map(explained, rules))
     every = (row for by_problem in measured.values() for found in by_problem.values() for row in found)
     toolchains = measured_with(every, {rule.candidate for rule in rules})
-    lut = Lut(environment, policy, rules, tuple(groups), _expected(groups, rules), few=few)
+    lut = Lut(environment, policy, rules, tuple(groups), _expected(all_groups, rules), few=few)
     lut = replace(lut, invariant=invariant, toolchains=toolchains)
     return replace(lut, certificate=certify(lut.table(), held_out, policy))
 

@@ -22,11 +22,19 @@ OPENMP = (
     *("OMP_MAX_ACTIVE_LEVELS", "OMP_NESTED", "GOMP_CPU_AFFINITY", "GOMP_SPINCOUNT"),
     *("KMP_AFFINITY", "KMP_BLOCKTIME", "KMP_HW_SUBSET", "KMP_LIBRARY"),
 )
+MEMORY = (
+    *("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"),
+    *("MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "THP_MEM_ALLOC_ENABLE"),
+)
+"""What memory for outputs costs, by glibc or an allocator in its place, and by PyTorch's large pages.
+``LD_PRELOAD`` brings another allocator or OpenMP, such as jemalloc or Intel's: files count by
+their names, wherever they lie."""
 CPU = (
     *("MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "MKL_DYNAMIC", "MKL_DOMAIN_NUM_THREADS"),
     *("MKL_NUM_STRIPES", "MKL_DISABLE_FAST_MM", "MKL_THREADING_LAYER", "MKL_FAST_MEMORY_LIMIT"),
     *("FBGEMM_ENABLE_INSTRUCTIONS", "FBGEMM_FORCE_AUTOVEC", "FBGEMM_NO_AUTOVEC", "FBGEMM_NO_ASMJIT"),
     *("TORCH_MKLDNN_MATMUL_MIN_DIM", "TORCH_MKLDNN_MATMUL_MIN_SIZE"),
+    *MEMORY,
     *OPENMP,
 )
 CUDA = (
@@ -42,6 +50,7 @@ _DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"),
     "MKL_CBWR": ("", "OFF"),
     "MKL_DYNAMIC": ("", "TRUE", "1"),
+    "THP_MEM_ALLOC_ENABLE": ("", "0"),
     **dict.fromkeys(("OMP_PROC_BIND", "OMP_DYNAMIC", "OMP_NESTED", "CUDA_LAUNCH_BLOCKING"), _OFF),
 }
 """Values of a variable, in capitals, that mean the same as none."""
@@ -104,6 +113,8 @@ def _variables(device: str, variables: Mapping[str, str]) -> dict[str, str]:
     if device != "cuda":
         for name in ONEDNN:
             found[f"ONEDNN_{name}"] = variables.get(f"ONEDNN_{name}", variables.get(f"DNNL_{name}", ""))
+        files = found["LD_PRELOAD"].replace(":", " ").split()
+        found["LD_PRELOAD"] = ":".join(file.rpartition("/")[2] for file in files)
     upper = {name: value.strip().upper() for name, value in found.items()}  # libraries do not mind the case
     return {name: value for name, value in upper.items() if value not in _DEFAULTS.get(name, ("",))}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +40,9 @@ EXTREME_SIZE = 17  # of each dynamic dim where values are extreme: a middle row 
 NEAR_LIMIT = 2**26  # product of dims beyond which the sizes beside a problem's own are left to held-out shapes
 FORGIVEN = 10.0  # class limits that the framework's own error on normal data may lift a bound by
 
+Ones = tuple[str, ...]
+"""Dynamic dims that stay 1 whatever size a case would give them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Alone:
@@ -58,8 +61,21 @@ class Group:
     framework: Launch | None = None
     least: tuple[float, ...] = ()  # root mean square of each tensor of its output on normal data
     placed: dict[int, tuple[list[Slot], tuple[Any, ...]]] = field(default_factory=dict)
-    cases: dict[str, list[Case]] = field(default_factory=dict)
+    cases: dict[tuple[str, Ones, int], list[Case]] = field(default_factory=dict)
     batches: dict[tuple[int, ...], tuple[Case, list[Alone]]] = field(default_factory=dict)
+
+
+def always_one(problem: Problem, kernel: Kernel) -> Ones:
+    """The dynamic dims of a problem that it takes which a kernel takes at 1 alone, as decoding takes one query."""
+    return tuple(
+        name
+        for name in pool.operator(problem.op).dynamic
+        if problem.dim(name) == 1 and all(kernel.objection(_changed(problem, {name: size})) for size in SIZES[1:])
+    )
+
+
+def _changed(problem: Problem, sizes: Mapping[str, int]) -> Problem:
+    return replace(problem, dims=tuple((name, sizes.get(name, size)) for name, size in problem.dims))
 
 
 class Cases:
@@ -114,17 +130,21 @@ class Cases:
         faults = [slot.fault() for slots, _ in self._group.placed.values() for slot in slots]
         return next(filter(None, faults), "")
 
-    def named(self, problem: Problem, name: str, align: int = 0) -> list[Case]:
-        """The cases of that name: small, low (less aligned: ``align`` bytes), extreme, outliers or rows."""
-        key = f"{name}{align}"
+    def named(self, problem: Problem, name: str, ones: Ones = (), align: int = 0) -> list[Case]:
+        """The cases of that name: small, low (less aligned: ``align`` bytes), extreme, outliers or rows.
+
+        Args:
+            ones: dynamic dims that are 1 in all of them; see ``always_one``.
+        """
+        key = (name, ones, align)
         if key not in self._group.cases:
             placed = replace(problem, align=align or problem.align)
-            self._group.cases[key] = list(_MAKERS[name](self, placed))
+            self._group.cases[key] = list(_MAKERS[name](self, placed, ones))
         return self._group.cases[key]
 
-    def _sized(self, problem: Problem, sizes: Sequence[int]) -> Problem:
+    def _sized(self, problem: Problem, sizes: Sequence[int], ones: Ones = ()) -> Problem:
         changed = dict(zip(pool.operator(problem.op).dynamic, sizes, strict=True))
-        return replace(problem, dims=tuple((name, changed.get(name, size)) for name, size in problem.dims))
+        return _changed(problem, {**changed, **dict.fromkeys(ones, 1)})
 
     def _case(self, problem: Problem, seed: int, turn: int = 0, draws: int = 1, draw: str = "normal") -> Case:
         """A case whose first draw is the operator's own, and the others its values redrawn."""
@@ -196,27 +216,27 @@ class Cases:
         default = pool.kernels()[pool.operator(case.problem.op).default]
         return found.times(2.0).at_most(default.precision[case.problem.trait("dtype")], FORGIVEN)
 
-    def _small(self, problem: Problem) -> list[Case]:
+    def _small(self, problem: Problem, ones: Ones) -> list[Case]:
         """Each dynamic dim takes each size, and they meet as equals."""
         count, many = len(SIZES), len(pool.operator(problem.op).dynamic)
         mixed = [tuple(SIZES[(i + 2 * j) % count] for j in range(many)) for i in range(count)]
         equal = [(size,) * many for size in (1, 3, 17)]
         extra = [sizes for sizes in equal if sizes not in mixed] or [mixed[3]]  # at one more address
         return [
-            self._case(self._sized(problem, sizes), self._seed + 10 * i, turn=i, draws=3)
+            self._case(self._sized(problem, sizes, ones), self._seed + 10 * i, turn=i, draws=3)
             for i, sizes in enumerate((*mixed, *extra))
         ]
 
-    def _low(self, problem: Problem) -> list[Case]:
+    def _low(self, problem: Problem, ones: Ones) -> list[Case]:
         many = len(pool.operator(problem.op).dynamic)
         return [
-            self._case(self._sized(problem, (size,) * many), self._seed + size, turn=i, draws=2)
+            self._case(self._sized(problem, (size,) * many, ones), self._seed + size, turn=i, draws=2)
             for i, size in enumerate((3, 17))
         ]
 
-    def _extreme(self, problem: Problem) -> list[Case]:
+    def _extreme(self, problem: Problem, ones: Ones) -> list[Case]:
         many = len(pool.operator(problem.op).dynamic)
-        sized = self._sized(problem, (EXTREME_SIZE,) * many)
+        sized = self._sized(problem, (EXTREME_SIZE,) * many, ones)
         case = self._case(sized, self._seed + 7)
         normal = [t.cpu().clone() for t in tensors(case.args)]
         case.draws = []
@@ -241,13 +261,13 @@ class Cases:
                 unfit.add(precision)
         return frozenset(unfit)
 
-    def _outliers(self, problem: Problem) -> list[Case]:
+    def _outliers(self, problem: Problem, ones: Ones) -> list[Case]:
         sizes = (OUTLIER_SIZE,) * len(pool.operator(problem.op).dynamic)
-        return [self._case(self._sized(problem, sizes), self._seed, draw="outliers")]
+        return [self._case(self._sized(problem, sizes, ones), self._seed, draw="outliers")]
 
-    def _rows(self, problem: Problem) -> list[Case]:
+    def _rows(self, problem: Problem, ones: Ones) -> list[Case]:
         sizes = (ROWS_SIZE,) * len(pool.operator(problem.op).dynamic)
-        return [self._case(self._sized(problem, sizes), self._seed, draw="rows")]
+        return [self._case(self._sized(problem, sizes, ones), self._seed, draw="rows")]
 
     def batch(self, problem: Problem) -> tuple[Case, list[Alone]]:
         """A batch, and some of its rows by themselves, each at an address of its own.
@@ -293,7 +313,7 @@ class Cases:
         return self._fresh
 
 
-_MAKERS: dict[str, Callable[[Cases, Problem], list[Case]]] = {
+_MAKERS: dict[str, Callable[[Cases, Problem, Ones], list[Case]]] = {
     "small": Cases._small,
     "low": Cases._low,
     "extreme": Cases._extreme,

@@ -29,7 +29,7 @@ from dks.dispatch.kernel import Inputs, Kernel, Launch, Params, parts
 from dks.dispatch.problem import Candidate, Precision, Problem
 from dks.dispatch.tiles import library
 from dks.dispatch.tiles.library import Missing
-from dks.profiler.cases import Cases, Group
+from dks.profiler.cases import Cases, Group, always_one
 from dks.profiler.draws import HOST, Lent, tensors
 from dks.profiler.gaps import gap
 from dks.profiler.process_state import ProcessState
@@ -189,25 +189,25 @@ class Checker:
     def _battery(self, problem: Problem, kernel: Kernel, params: Params, run: Launch, verdict: Verdict) -> bool:
         """What needs no more than the weight: small sizes, addresses, repetitions, extreme values."""
         trial = self._trial(problem, kernel, run)
-        stable = True
-        for case in self._cases.named(problem, "small"):
+        ones, stable = always_one(problem, kernel), True
+        small = self._cases.named(problem, "small", ones)
+        for case in small:
             for draw in (*case.draws, case.draws[0]):
                 trial.call(case, draw)
         trial.settle()
         lowest = kernel.alignment_for(problem.trait("dtype"))
         if lowest < problem.align and kernel.objection(replace(problem, align=lowest)) is None:
             # A kernel may be chosen for calls that are less aligned than the measured one.
-            for case in self._cases.named(problem, "low", lowest):
+            for case in self._cases.named(problem, "low", ones, lowest):
                 for draw in case.draws:
                     trial.call(case, draw)
-        small = self._cases.named(problem, "small")
         for case in (small[2], small[4]):
             for i in range(REPEATS):
                 trial.call(case, case.draws[i % len(case.draws)])
             same = [trial.call(case, case.draws[0]) for _ in range(3)]
             stable &= all(equal(same[0], ys) for ys in same[1:])
             trial.settle()
-        for case in self._cases.named(problem, "extreme"):
+        for case in self._cases.named(problem, "extreme", ones):
             for draw in case.draws:
                 trial.call(case, draw)
         self._beside_others(problem, kernel, trial, verdict)
@@ -232,7 +232,8 @@ class Checker:
 
     def _beside_others(self, problem: Problem, kernel: Kernel, trial: Trial, verdict: Verdict) -> None:
         """What large values do to small ones, of their own row and of others."""
-        (outliers,) = self._cases.named(problem, "outliers")
+        ones = always_one(problem, kernel)
+        (outliers,) = self._cases.named(problem, "outliers", ones)
         # What outliers cost a kernel that quantises is recorded; whether that is too much, a policy says.
         quantises = kernel.precision[problem.trait("dtype")] in (Precision.INT8, Precision.INT4)
         ys = trial.call(outliers, outliers.draws[0], judge=not quantises)
@@ -241,7 +242,7 @@ class Checker:
             raise Rejected("wrong_result", "not finite on data with outliers")
         verdict.errors["outliers"] = max(found)
         # What a row's neighbours cost it must stay inside the class, or the call is declined.
-        (unlike,) = self._cases.named(problem, "rows")
+        (unlike,) = self._cases.named(problem, "rows", ones)
         (draw,) = unlike.draws
         ys = trial.call(unlike, draw, judge=False)
         verdict.declines_rows = draw.kind in trial.declined

@@ -27,12 +27,16 @@ class Held:
         self.dirty: set[Contest] = set()
         self.attempts: dict[tuple[Contest, str], int] = {}
 
-    def take(self, rows: Sequence[Measurement]) -> None:
-        """Know the rows of one Parquet file."""
-        if rows:
-            contest = Contest(Problem.parse(rows[0].problem), rows[0].mode)
-            self.known[contest] = from_rows(rows)
-            self.headers[contest] = (rows[0].role, rows[0].weight)
+    def take(self, rows: Sequence[Measurement]) -> dict[Contest, list[Measurement]]:
+        """Know the rows of one Parquet file, and return them by contest: one as a sweep writes it, all of a run
+        where they were put together, as under ``luts/``."""
+        contests: dict[Contest, list[Measurement]] = {}
+        for row in rows:
+            contests.setdefault(Contest(Problem.parse(row.problem), row.mode), []).append(row)
+        for contest, its_rows in contests.items():
+            self.known[contest] = from_rows(its_rows)
+            self.headers[contest] = (its_rows[0].role, its_rows[0].weight)
+        return contests
 
     def apply(self, record: Mapping[str, Any]) -> None:
         """Know one record of the journal. Rounds that are known already do not count twice.

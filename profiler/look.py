@@ -87,9 +87,7 @@ def _look(folder: Path) -> Look | None:
                 if named_by_us(path):
                     found.damaged.append(str(error))
                 continue
-            held.take(rows)
-            for row in rows:
-                kept.setdefault(Contest(Problem.parse(row.problem), row.mode), []).append(row)
+            kept |= held.take(rows)
         if not _same(log, place):
             return None
         data = b"" if log is None else log.read()

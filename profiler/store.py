@@ -171,7 +171,8 @@ class Store(Held):
 
     def compact(self, contest: Contest, role: str, weight: float, candidates: Sequence[Candidate]) -> None:
         """Put what the journal holds of a contest into its Parquet file, whole or not at all. Raises OSError."""
-        changed = self.headers.get(contest) != (role, weight)
+        # A file that holds all of a run is no contest's own: the sweep sets it aside.
+        changed = self.headers.get(contest) != (role, weight) or not self.path(contest).is_file()
         if not self.known.get(contest, Findings()).found or not (changed or contest in self.dirty):
             return
         write_rows(self.path(contest), self.rows(contest, role, weight, candidates))

@@ -60,7 +60,7 @@ def test_build_check_explain(folder: Path, tmp_path: Path) -> None:
 
 def test_batch_invariance_is_priced_explained_and_missed_by_name(folder: Path, tmp_path: Path) -> None:
     done = command("build", folder, "-o", tmp_path / "none", "--name", "small_table", "--batch-invariant")
-    assert done.returncode == 1 and "not batch-invariant: linear prepared {'n': 64, 'k': 32}" in done.stderr
+    assert done.returncode == 1 and "not batch-invariant: linear prepared n=64 k=32 bias=yes" in done.stderr
     found = [k for k in pool.kernels_for("linear", "cpu") if k.id.startswith("tile.f32_") and not k.unavailable()]
     if not found:
         pytest.skip("no generated fp32 linear runs here")

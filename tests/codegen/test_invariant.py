@@ -85,6 +85,10 @@ def test_a_layer_without_such_a_kernel_is_left_to_the_framework_and_named(why: s
     assert [each.candidate for each in lut.invariant] == [None, None]
     assert {rule.candidate for rule in lut.rules} == {"torch.linear"}
     assert all(rule.reason.startswith("not batch-invariant") for rule in lut.rules)
+    served = Runtime("t", Generation(lut.table()))
+    with torch.no_grad():
+        served.server("linear").call(torch.randn(8, 32), torch.randn(64, 32), torch.randn(64))
+    assert served.stats()["ops"]["linear"] == {"hits": {}, "fallbacks": {"unknown_shape": 1}}
 
 
 def test_the_lut_keeps_it_and_nothing_changes_without_the_policy() -> None:

@@ -63,6 +63,14 @@ def test_other_values_of_one_switch_are_told_apart_and_equal_ones_are_not() -> N
     assert differences(one, switches("cpu", {"MKL_CBWR": "AVX2 "})) == []
 
 
+def test_a_preloaded_library_counts_by_its_name_wherever_it_lies() -> None:
+    one, other = ({"LD_PRELOAD": f"{place}/libjemalloc.so.2:/opt/libiomp5.so"} for place in ("/usr/lib", "/opt/my"))
+    assert (
+        named("cpu", **one) == ["LD_PRELOAD: LIBJEMALLOC.SO.2:LIBIOMP5.SO != its default"] == named("cpu", **other)
+    )
+    assert named("cpu", LD_PRELOAD="/opt/libiomp5.so /usr/lib/libjemalloc.so.2") != named("cpu", **one)
+
+
 def test_openmps_part_is_told_variable_by_variable() -> None:
     found = {name: (value, words) for name, value, words in openmp("MKL_CBWR=AVX2 OMP_PLACES=CORES")}
     assert tuple(found) == OPENMP and found["OMP_PLACES"] == ("CORES", "  ")

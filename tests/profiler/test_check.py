@@ -531,7 +531,7 @@ DYNAMIC: dict[str, list[dict[str, int]]] = {
     "layer_norm": [{"m": 1}, {"m": 200}],
     "rms_norm": [{"m": 1}, {"m": 200}],
     "softmax": [{"m": 1, "n": 300}, {"m": 200, "n": 7}],
-    "attention": [{"b": 1, "q": 33, "kv": 33}],
+    "attention": [{"b": 1, "q": 33, "kv": 33}, {"b": 3, "q": 1, "kv": 33}],
     "paged_attention": [{"b": 3, "kv": 33}],
     "silu_and_mul": [{"m": 1}, {"m": 200}],
     "rotary": [{"tokens": 1}, {"tokens": 100}],
@@ -567,6 +567,30 @@ def test_no_good_kernel_is_out(op: str, traits: dict[str, str], statics: dict[st
             if verdict.status == "ok":
                 expected = {"normal", "outliers"} if verdict.declines_rows else {"normal", "outliers", "rows"}
                 assert set(verdict.errors) == expected and not verdict.poisoned
+
+
+def taken(kernel: Kernel) -> Iterator[tuple[Problem, Candidate]]:
+    """Problems that a kernel and one of its parameter sets say they are for."""
+    operator = pool.operator(kernel.op)
+    for statics, sizes in itertools.product(STATICS[kernel.op] + MORE[kernel.op], DYNAMIC[kernel.op]):
+        dims = {name: (statics | sizes)[name] for name in operator.dims}
+        for values in itertools.product(*operator.traits.values()):
+            problem = Problem.of(kernel.op, dict(zip(operator.traits, values, strict=True)), dims)
+            if kernel.objection(problem) is None:
+                suited = (c for c in kernel.candidates() if kernel.suits(problem, c.params) is None)
+                yield from ((problem, candidate) for candidate in suited)
+
+
+@pytest.mark.parametrize("kernel", pool.kernels().values(), ids=lambda kernel: kernel.id)
+def test_each_kernel_passes_on_a_problem_that_it_takes(kernel: Kernel) -> None:
+    if not kernel.runs_on("cpu") or kernel.search is not None:
+        pytest.skip("not for a CPU")
+    if why := kernel.unavailable():
+        pytest.skip(why)
+    problem, candidate = next(taken(kernel))
+    verdict = Checker(1).check(problem, candidate)
+    assert (verdict.status, verdict.reason) == ("ok", "")
+    assert set(verdict.errors) | ({"rows"} if verdict.declines_rows else set()) == {"normal", "outliers", "rows"}
 
 
 def test_more_numbers_than_are_drawn_are_redrawn_in_moments() -> None:

@@ -17,7 +17,7 @@ import pytest
 import dks.profiler
 from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
-from dks.dispatch.evidence import JOURNAL, Measurement, read_run
+from dks.dispatch.evidence import JOURNAL, Measurement, read_run, write_rows
 from dks.dispatch.problem import Candidate, Problem
 from dks.profiler import look as looking
 from dks.profiler.cli import main
@@ -43,7 +43,7 @@ def sweeping(folder: Path) -> Iterator[Store]:
 def measure(store: Store, contest: Contest, first: int = 0) -> None:
     if not first:
         for name in NAMES:
-            store.found(contest, name, Finding(errors={"normal": 1e-7, "outliers": 2e-7}))
+            store.found(contest, name, Finding(errors={"normal": 1e-7, "outliers": 2e-7, "rows": 2e-7}))
     rounds = [Round(n, 0, {"torch.linear": 2000, "torch.addmm": 1000}) for n in range(first, first + 6)]
     store.add(contest, rounds)
 
@@ -118,6 +118,25 @@ def test_parquet_without_a_journal_is_finished(journal_only: Path) -> None:
     assert (found.state, found.unfinished) == ("", set()) and {row.problem for row in found.rows} == {
         ONE.problem.id
     }
+
+
+def test_all_of_a_run_in_one_file_is_read_whole(journal_only: Path) -> None:
+    """As ``luts/`` keeps them."""
+    with sweeping(journal_only) as store:
+        finish(store, ONE)
+        finish(store, HELD_OUT)
+        store.retire_journal()
+    rows = read_run(journal_only)
+    for path in journal_only.glob("*.parquet"):
+        path.unlink()
+    write_rows(journal_only / "all.parquet", rows)
+    assert ordered(untouched(journal_only).rows) == ordered(rows)
+    with sweeping(journal_only) as store:
+        assert {each.number for each in store.findings(HELD_OUT).rounds} == set(range(6))
+        finish(store, ONE)
+        finish(store, HELD_OUT)
+        assert store.set_aside({ONE, HELD_OUT}) == ["_stale-all.parquet"]
+    assert ordered(untouched(journal_only).rows) == ordered(rows)
 
 
 def test_show_and_pandas_mark_what_is_unfinished(journal_only: Path) -> None:
