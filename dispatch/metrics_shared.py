@@ -224,7 +224,7 @@ def read_all(runtimes: Iterable[Runtime]) -> Values:
     if _sharing is not None:
         _sharing.write()
     runtimes = list(runtimes)
-    if not os.path.isdir(os.environ.get(FOLDER, "")):
+    if not Path(os.environ.get(FOLDER) or os.devnull).is_dir():
         if _sharing is not None:
             _sharing.warn("it is no folder, and a scrape shows this process alone")
         return read(runtimes)
