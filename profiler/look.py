@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ def look(folder: Path) -> Look:
             raise BadInput(found.damaged[0])
         raise BadInput(
             f"{folder}: found no measurements{f' yet: {found.state}' if found.state else ''}, expected those of a "
-            f"sweep; run: dks-profile run CONFIG -o {folder}"
+            f"sweep; run: dks-profile run CONFIG -o {shlex.quote(str(folder))}"
         )
     return found
 
