@@ -83,7 +83,7 @@ def _look(folder: Path) -> Look | None:
             try:
                 rows = read_rows(path)
             except BadInput as error:
-                if not path.exists():
+                if not path.exists() and not path.is_symlink():
                     return None
                 if named_by_us(path):
                     found.damaged.append(str(error))
@@ -129,7 +129,9 @@ def _apply(held: Held, data: bytes, path: Path, found: Look) -> None:
         for record in read.records:
             held.apply(record)
     except (KeyError, TypeError, ValueError) as error:
-        found.damaged.append(f"{path}: found a record of another version ({error}), expected this one's; run again")
+        found.damaged.append(
+            f"{path}: found a record of another version ({error}), expected this one's; run again with --fresh"
+        )
 
 
 class _Headers:
