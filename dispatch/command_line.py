@@ -21,7 +21,6 @@ def run(command: click.Group, kept: str) -> NoReturn:
         kept: what an interruption or a full disk leaves, for the message.
     """
     try:
-        _stand_somewhere()
         code = command.main(standalone_mode=False) or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk may show only now
@@ -40,13 +39,6 @@ def run(command: click.Group, kept: str) -> NoReturn:
             click.echo(f"error: {error.filename or 'output'}: {error.strerror}; {kept}", err=True)
     _drop_output()
     sys.exit(2)
-
-
-def _stand_somewhere() -> None:
-    try:
-        os.getcwd()  # noqa: PTH109 - MKL ends the process without it
-    except FileNotFoundError:
-        raise BadInput("the working directory: found it deleted, expected one; cd to another") from None
 
 
 def _drop_output() -> None:

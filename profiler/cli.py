@@ -189,9 +189,8 @@ def show(folder: Path, op: str | None) -> int:
             raise BadInput(str(error.args[0])) from None
         rows = [row for row in rows if row.op == op]
         if not rows:
-            raise BadInput(
-                f"{folder}: found no measurements of {op}, expected some; see dks-profile show {shlex.quote(str(folder))}"
-            )
+            look_at = f"dks-profile show {shlex.quote(str(folder))}"
+            raise BadInput(f"{folder}: found no measurements of {op}, expected some; see {look_at}")
     contests: dict[tuple[str, str], list[Measurement]] = {}
     for row in rows:
         contests.setdefault((row.problem, row.mode), []).append(row)

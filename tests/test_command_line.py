@@ -1,8 +1,7 @@
-"""How both commands end where their output, or where they stand, is gone; what they say to run next."""
+"""How both commands end where their output is gone; what they say to run next."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -34,15 +33,6 @@ def test_output_that_can_not_be_written(closed: bool) -> None:
     done = subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=False)
     said = "" if closed else "error: output: No space left on device; nothing is lost\n"
     assert (done.returncode, done.stderr) == (0 if closed else 2, said)
-
-
-def test_a_working_directory_that_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as change:
-        change.setattr(os, "getcwd", lambda: (_ for _ in ()).throw(FileNotFoundError()))
-        done = run(profile, "doctor")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: the working directory: found it deleted, expected one; cd to another\n"
 
 
 def test_what_to_run_next_can_be_pasted(tmp_path: Path) -> None:
