@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +21,10 @@ def run(command: click.Group, kept: str) -> NoReturn:
         kept: what an interruption or a full disk leaves, for the message.
     """
     try:
-        sys.exit(command.main(standalone_mode=False) or 0)
+        code = command.main(standalone_mode=False) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk may show only now
+        sys.exit(code)
     except BadInput as error:
         click.echo(f"error: {error}", err=True)
     except click.ClickException as error:
@@ -33,7 +37,19 @@ def run(command: click.Group, kept: str) -> NoReturn:
             click.echo(f"error: {unreadable(error.filename, error)}; {kept}", err=True)
         else:
             click.echo(f"error: {error.filename or 'output'}: {error.strerror}; {kept}", err=True)
+    _drop_output()
     sys.exit(2)
+
+
+def _drop_output() -> None:
+    """What is left of the output goes nowhere: Python would try again at its end, and exit with 120."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def print_table(table: Table) -> None:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -370,7 +371,7 @@ def read_run(folder: Path) -> list[Measurement]:
     if not paths:
         raise BadInput(
             f"{folder}: found no measurements, expected the Parquet files of a sweep; "
-            f"run: dks-profile run CONFIG -o {folder}"
+            f"run: dks-profile run CONFIG -o {shlex.quote(str(folder))}"
         )
     return [row for path in paths for row in read_rows(path)]
 

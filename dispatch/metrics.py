@@ -59,8 +59,7 @@ class Collector(BaseCollector):
 
     def collect(self) -> Iterator[Metric]:
         """The numbers as they are now; of other workers as they were within the last second."""
-        shared = self._is_shared
-        values = metrics_shared.read_all(self._runtimes) if shared else read(self._runtimes.values())
+        values = (metrics_shared.read_all if self._is_shared else read)(self._runtimes.values())
         for family in FAMILIES:
             yield _metric(family, values[family].items())
 

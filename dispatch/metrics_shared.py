@@ -40,15 +40,15 @@ SERIES_BYTES = 1024  # more than one takes there, beside its labels
 
 def wanted() -> bool:
     """Whether this process is one of many that are scraped together."""
-    if getattr(values.ValueClass, "_multiprocess", False):
+    if FOLDER not in os.environ:
+        return False
+    if not os.environ[FOLDER]:  # prometheus_client would take the working directory
+        why = "found it empty, expected a folder, or that it is not set"
+    elif not getattr(values.ValueClass, "_multiprocess", False):
+        why = "found it set after prometheus_client was imported, expected before"
+    else:
         return True
-    if FOLDER in os.environ:
-        warnings.warn(
-            f"{FOLDER}: found it set after prometheus_client was imported, expected before: a scrape shows this "
-            "process alone",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    warnings.warn(f"{FOLDER}: {why}: a scrape shows this process alone", RuntimeWarning, stacklevel=3)
     return False
 
 
@@ -76,7 +76,7 @@ class Sharing:
         try:
             self._thread.start()
         except RuntimeError as error:
-            self._warn(str(error))
+            self.warn(str(error))
 
     def _close_with_multiprocessing(self) -> None:
         # Its children end without ``atexit``.
@@ -118,9 +118,10 @@ class Sharing:
             with self._lock:
                 self._write()
         except Exception as error:  # a disk, or prometheus_client: neither may be what stops a server
-            self._warn(f"{type(error).__name__}: {error}")
+            self.warn(f"{type(error).__name__}: {error}")
 
-    def _warn(self, why: str) -> None:
+    def warn(self, why: str) -> None:
+        """Say once that the folder can't be used. Never raises."""
         if self._has_warned:
             return
         self._has_warned = True
@@ -217,11 +218,17 @@ def share(runtimes: Iterable[Runtime]) -> None:
     _sharing.add(runtimes)
 
 
-def read_all(tables: Iterable[str]) -> Values:
-    """The values of tables over all workers: counters added up, also those of workers that have ended."""
+def read_all(runtimes: Iterable[Runtime]) -> Values:
+    """The values of tables over all workers: counters added up, also those of workers that have ended. Without the
+    folder it is those of this process: what else the registry has is shown all the same."""
     if _sharing is not None:
         _sharing.write()
-    wanted = set(tables)
+    runtimes = list(runtimes)
+    if not Path(os.environ.get(FOLDER) or os.devnull).is_dir():
+        if _sharing is not None:
+            _sharing.warn("it is no folder, and a scrape shows this process alone")
+        return read(runtimes)
+    wanted = {runtime.name for runtime in runtimes}
     families = {family.sample: family for family in FAMILIES}
     found: Mapping[Family, dict[Labels, float]] = {family: {} for family in FAMILIES}
     for metric in MultiProcessCollector(None).collect():  # type: ignore[no-untyped-call]

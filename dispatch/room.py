@@ -6,11 +6,14 @@ and what the system has left. One count for all builds of a process, whatever th
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from dks.dispatch.errors import BadInput
 
 LIMIT = "DKS_COMPILE_GB"
 """Environment variable: gigabytes that compilers may take together. For machines whose memory grows as it is used,
@@ -35,10 +38,13 @@ def cpus() -> int:
 
 
 def memory() -> int:
-    """Bytes that may be used now: what the system has left, or the tightest control group; less a reserve."""
-    said = os.environ.get(LIMIT, "")
-    if said.isdecimal():
-        return int(said) << 30
+    """Bytes that may be used now: what the system has left, or the tightest control group; less a reserve.
+
+    Raises:
+        BadInput: ``DKS_COMPILE_GB`` is no number.
+    """
+    if said := os.environ.get(LIMIT, "").strip():
+        return int(_gigabytes(said) * (1 << 30))
     free = [value * 1024 for value in [_field(_PROC / "meminfo", "MemAvailable:")] if value is not None]
     for group in _groups(""):
         free += _left(group / "memory.max", group / "memory.current", group / "memory.stat", "inactive_file")
@@ -46,6 +52,13 @@ def memory() -> int:
         limit, used = group / "memory.limit_in_bytes", group / "memory.usage_in_bytes"
         free += _left(limit, used, group / "memory.stat", "total_inactive_file")
     return max(int(min(free, default=_UNKNOWN) * (1 - _RESERVE)), 0)
+
+
+def _gigabytes(said: str) -> float:
+    with suppress(ValueError):
+        if 0 <= (number := float(said)) < math.inf:
+            return number
+    raise BadInput(f"{LIMIT}: found {said!r}, expected gigabytes for compilers, such as 8 or 1.5; or unset it")
 
 
 _UNKNOWN = 4 << 30  # where the system says nothing of its memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,8 +128,8 @@ def _report(outcome: Outcome, folder: Path) -> None:
     for id, lack in outcome.unfinished:
         click.echo(f"unfinished: {id}: {lack}")
     for id in outcome.winnerless:
-        click.echo(f"only the default is left: {id}; see dks-profile show {folder}")
-    click.echo(f"next: dks-codegen build {folder} -o OUT_DIR --name NAME")
+        click.echo(f"only the default is left: {id}; see dks-profile show {shlex.quote(str(folder))}")
+    click.echo(f"next: dks-codegen build {shlex.quote(str(folder))} -o OUT_DIR --name NAME")
 
 
 def _contest(event: Event) -> str:
@@ -188,7 +189,8 @@ def show(folder: Path, op: str | None) -> int:
             raise BadInput(str(error.args[0])) from None
         rows = [row for row in rows if row.op == op]
         if not rows:
-            raise BadInput(f"{folder}: found no measurements of {op}, expected some; see dks-profile show {folder}")
+            look_at = f"dks-profile show {shlex.quote(str(folder))}"
+            raise BadInput(f"{folder}: found no measurements of {op}, expected some; see {look_at}")
     contests: dict[tuple[str, str], list[Measurement]] = {}
     for row in rows:
         contests.setdefault((row.problem, row.mode), []).append(row)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ def look(folder: Path) -> Look:
             raise BadInput(found.damaged[0])
         raise BadInput(
             f"{folder}: found no measurements{f' yet: {found.state}' if found.state else ''}, expected those of a "
-            f"sweep; run: dks-profile run CONFIG -o {folder}"
+            f"sweep; run: dks-profile run CONFIG -o {shlex.quote(str(folder))}"
         )
     return found
 
@@ -82,7 +83,7 @@ def _look(folder: Path) -> Look | None:
             try:
                 rows = read_rows(path)
             except BadInput as error:
-                if not path.exists():
+                if not path.exists() and not path.is_symlink():
                     return None
                 if named_by_us(path):
                     found.damaged.append(str(error))
@@ -126,7 +127,9 @@ def _apply(held: Held, data: bytes, path: Path, found: Look) -> None:
         for record in read.records:
             held.apply(record)
     except (KeyError, TypeError, ValueError) as error:
-        found.damaged.append(f"{path}: found a record of another version ({error}), expected this one's; run again")
+        found.damaged.append(
+            f"{path}: found a record of another version ({error}), expected this one's; run again with --fresh"
+        )
 
 
 class _Headers:

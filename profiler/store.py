@@ -245,8 +245,14 @@ class Store(Held):
             return [f"{path}: found lines that differ from their digest ({lines}), expected them as written"]
         if held.torn:
             self.notes.append(f"{path}: an unfinished record of {held.torn} bytes was dropped: never acknowledged")
-        for record in held.records:
-            self.apply(record)
+        try:
+            for record in held.records:
+                self.apply(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(
+                f"{path}: found a record of another version ({error}), expected this one's; use --fresh to drop "
+                "what is there, or measure into another -o RUN_DIR"
+            ) from None
         return []
 
     def _dump(self) -> Iterator[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ import pytest
 
 from dks.dispatch import room
 from dks.dispatch.compiler import run_compiler
+from dks.dispatch.errors import BadInput
 
 GB = 10**9
 MEMINFO = "MemTotal:       9000 kB\nMemAvailable: {} kB\nBuffers: 5 kB\n"
@@ -130,6 +131,15 @@ def test_the_least_that_is_left_counts(machine: Path, files: dict[str, object], 
 def test_a_limit_that_the_user_names_is_the_limit(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(room.LIMIT, "100")
     assert room.memory() == 100 << 30
+    monkeypatch.setenv(room.LIMIT, " 1.5 ")
+    assert room.memory() == 3 << 29
+
+
+@pytest.mark.parametrize("said", ["8 GB", "-1", "nan", "inf"])
+def test_a_limit_that_is_no_number_is_said_so(machine: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv(room.LIMIT, said)
+    with pytest.raises(BadInput, match=f"DKS_COMPILE_GB: found '{said}', expected gigabytes"):
+        room.memory()
 
 
 def test_a_machine_that_says_nothing_still_compiles(machine: Path) -> None:

@@ -19,6 +19,7 @@ from dks.dispatch.environment import Environment
 from dks.dispatch.errors import BadInput
 from dks.dispatch.evidence import JOURNAL, Measurement, read_run, write_rows
 from dks.dispatch.problem import Candidate, Problem
+from dks.profiler import journal
 from dks.profiler import look as looking
 from dks.profiler.cli import main
 from dks.profiler.findings import Contest, Finding, Round
@@ -291,3 +292,18 @@ def test_another_user_looks_without_permission_to_write(open_to_read: bool) -> N
         assert shown.returncode == 0 and "unfinished: " in shown.stdout and "2 problems" in shown.stdout, shown
     else:
         assert shown.returncode == 2 and "Permission denied" in shown.stderr and "chmod" in shown.stderr, shown
+
+
+def test_a_journal_of_another_version_is_said_by_show_and_refused_by_a_sweep(tmp_path: Path) -> None:
+    record = {"do": "found", "problem": "softmax[dtype=float32](m=1,n=8)@64", "candidate": "torch.softmax"}
+    journal.replace(tmp_path / JOURNAL, [{**record, "finding": {"of_later": 1}}])
+    with pytest.raises(BadInput, match="another version"):
+        look(tmp_path)
+    with pytest.raises(BadInput, match=r"another version.*expected this one's; use --fresh"):
+        Store(tmp_path, Environment.current("cpu"), "warm")
+
+
+def test_a_link_that_leads_nowhere_is_damage_and_no_sweep_at_work(tmp_path: Path) -> None:
+    (tmp_path / "softmax.parquet").symlink_to("nowhere")
+    with pytest.raises(BadInput, match=r"softmax.parquet: can't be read \(No such file"):
+        look(tmp_path)
