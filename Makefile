@@ -8,6 +8,8 @@ BIN := "$(VENV)"/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BUSY ?= 0
+# Processes that run tests.
+JOBS ?= 2
 
 .PHONY: help setup setup-demo test soak lint demo bench bench-replay bench-aa bench-agree bench-heldout bench-cpu bench-dispatch bench-gpu clean
 
@@ -23,8 +25,8 @@ setup: ## install DKS and its tools into .venv
 setup-demo: ## the same, with the demo's model
 	$(SETUP) dev,demo
 
-test: setup ## run the tests (no GPU, some 16 minutes on 2 cores: it compiles and sanitizes kernels)
-	$(BIN)/python -m pytest -q
+test: setup ## run the tests (no GPU; some 15 minutes on 2 cores: it compiles and sanitizes kernels)
+	$(BIN)/python -m pytest -q -n $(JOBS)
 
 soak: setup ## the long forms of the tests: kills, mutated files, every kernel on a wide grid, swaps under load, GPU programs, models
 	DKS_SOAK=1 $(BIN)/python -m pytest -q -s tests/profiler/test_kills.py tests/profiler/test_check.py \

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dks.dispatch import pool
 from dks.dispatch.kernel import Kernel, aligned, relative_error
+from dks.dispatch.ops.linear import mkldnn_packed
 from dks.dispatch.ops.linear.epilogue import EPILOGUES
 from dks.dispatch.ops.linear.layers import PreparedLinear
 from dks.dispatch.problem import Precision, Problem
@@ -28,6 +29,7 @@ from dks.dispatch.runtime import FAILURES
 N, K = 6, 8
 SHAPES = [{"n": N, "k": K}]
 PACKED = "mkldnn.linear_packed"  # not the default, exact in float32, and fuses epilogues
+PACKED_BF16 = PACKED if mkldnn_packed.lacks_bf16() is None else "mkldnn.linear_packed_float32"
 
 
 class Loud(torch.Tensor):
@@ -159,7 +161,7 @@ def tolerance_of(t: Any) -> float:
 
 @pytest.fixture
 def server(route: Any) -> Any:
-    return route("linear", ("torch.linear_inplace", PACKED, "torch.linear"), SHAPES).server("linear")
+    return route("linear", ("torch.linear_inplace", PACKED, PACKED_BF16, "torch.linear"), SHAPES).server("linear")
 
 
 @pytest.fixture
@@ -580,7 +582,7 @@ class TestState:
     def test_moving_binds_again(self, layer: PreparedLinear) -> None:
         layer.requires_grad_(False)
         layer.to(torch.bfloat16)
-        assert served(layer) == [PACKED]
+        assert served(layer) == [PACKED_BF16]
         wanted = F.linear(x(8).bfloat16(), layer.weight, layer.bias)
         assert torch.allclose(layer(x(8).bfloat16()), wanted, atol=3e-2)
         layer.double()
