@@ -21,7 +21,7 @@ from bench import peers
 from bench.cells import BEST, OURS, Call, Cell, CellBench, Extra, Limits, Result, geomean
 from bench.report import Row, environment_lines, finite, write_result
 from bench.roofs import PEAKS, Roofs
-from dks.dispatch import command_line
+from dks.dispatch import command_line, pool
 from dks.dispatch.environment import cpu_flags
 from dks.dispatch.intervals import Interval, geometric_mean
 from dks.dispatch.kernel import Inputs
@@ -96,7 +96,9 @@ def claims(roofs: Roofs | None) -> Iterator[Claim]:
 
 
 def bf16_linears(roofs: Roofs | None) -> Iterator[Claim]:
-    torch_linear, packed = "torch.linear", "mkldnn.linear_packed"
+    torch_linear, packed = "torch.linear", "mkldnn.linear_packed_bf16"
+    if pool.kernels()[packed].unavailable() is not None:  # oneDNN multiplies bf16 with AVX-512 alone
+        packed = "mkldnn.linear_packed_float32"
     flags = cpu_flags()
     note = "" if flags & {"amx_bf16", "avx512_bf16"} else "no AVX512_BF16 or AMX here: multiplied as fp32"
     rows = (2, 4, 8, 16, 32, 64, 128)

@@ -22,6 +22,7 @@ from dks.dispatch.problem import Problem
 from tests.codegen.rows import problem, row
 
 DEFAULT, ADDMM, PACKED = "torch.linear", "torch.addmm", "mkldnn.linear_packed"
+PACKED_BF16 = "mkldnn.linear_packed_bf16"
 TILES = [f"mkl.linear_packed/rows{n}" for n in (8, 16, 32, 64, 128)]
 EXACT = Policy(max_error=1e-5)
 
@@ -154,9 +155,9 @@ def test_forms_and_dtypes_have_a_cap_each() -> None:
         return problem(m, dtype="bfloat16")
 
     rows = [*bin_rows(problem(8), {TILES[0]: 200}), *bin_rows(problem(64), {TILES[0]: 200})]
-    rows += [*bin_rows(half(8), {PACKED: 200}), *bin_rows(half(64), {PACKED: 200})]
+    rows += [*bin_rows(half(8), {PACKED_BF16: 200}), *bin_rows(half(64), {PACKED_BF16: 200})]
     lut = select(rows, capped(2))
-    assert lut.few == () and set(chosen(lut)) == {TILES[0], PACKED}
+    assert lut.few == () and set(chosen(lut)) == {TILES[0], PACKED_BF16}
 
 
 def test_problems_whose_default_failed_are_left_alone() -> None:

@@ -41,6 +41,8 @@ from tests.codegen.rows import row
 from tests.codegen.test_package import made_lut, made_rows
 from tests.mutations import COUNT, RAW, damage, distort, nothing_runs, raw
 
+VERSION = str(evidence.SCHEMA_VERSION).encode()
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -112,7 +114,7 @@ def test_extension_types_and_pickled_metadata_are_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    version = {b"dks.schema": b"3"}
+    version = {b"dks.schema": VERSION}
     held = columns()
     held["reason"] = pa.ExtensionArray.from_storage(Pickled(), held["reason"])
     extended = pa.table(held).replace_schema_metadata(version)
@@ -150,7 +152,7 @@ def long_text() -> pa.Table:
 )
 def test_sizes_are_refused_before_they_are_allocated(tmp_path: Path, table: Any, said: str) -> None:
     sink, before = io.BytesIO(), 0
-    pq.write_table(table().replace_schema_metadata({b"dks.schema": b"3"}), sink)
+    pq.write_table(table().replace_schema_metadata({b"dks.schema": VERSION}), sink)
     data = bind(sink.getvalue())
     pool = pa.default_memory_pool()
     before = pool.max_memory()

@@ -150,5 +150,6 @@ def test_inputs_of_a_sweep_have_ignored_targets_of_both_kinds() -> None:
 
 
 def test_optimize_has_nothing_to_swap(server: Any) -> None:
-    assert server.runtime.optimize(torch.nn.Sequential(torch.nn.CrossEntropyLoss())).swaps == ()
+    (swap,) = server.runtime.optimize(torch.nn.Sequential(torch.nn.CrossEntropyLoss())).swaps
+    assert not swap.done and "holds nothing to prepare" in swap.note
     assert server.runtime.explain("cross_entropy", m=8, n=N).candidate == MARKED

@@ -130,7 +130,11 @@ def test_explain_fills_in_what_the_table_holds() -> None:
 
 
 def test_explain_shows_the_evidence() -> None:
-    evidence = [{"reason": f"rule {i} was measured", "ratio": [1.5, 1.4, 1.6]} for i in range(3)]
+    names = [rule.candidate for rule in made().generation.table.rules]
+    evidence = [
+        {"candidate": name, "reason": f"rule {i} was measured", "ratio": [1.5, 1.4, 1.6]}
+        for i, name in enumerate(names)
+    ]
     choice = made(evidence=json.dumps({"rules": evidence})).explain("linear", m=8, n=N, k=K)
     assert choice.reason == "rule 2 was measured" and choice.rule == evidence[2]
     assert "1.500x [1.400, 1.600] to the default" in str(choice)

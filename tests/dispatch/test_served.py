@@ -22,7 +22,7 @@ SHAPES = [{"n": n, "k": k} for n in SIZES for k in SIZES]
 
 @pytest.fixture
 def runtime(route: Any) -> Any:
-    return route("linear", (PACKED, "mkldnn.linear_packed_float32"), SHAPES)  # the second where oneDNN has no bf16
+    return route("linear", (PACKED, "mkldnn.linear_packed_float32"), SHAPES)  # the second takes bfloat16
 
 
 def x(rows: int = 8, k: int = 8) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dks.dispatch.kernel import DTYPES, Kernel, Run
+from dks.dispatch.kernel import Kernel, Run
 from dks.dispatch.ops.linear.epilogue import fused_in_place, onednn_fused
 from dks.dispatch.problem import Precision, Problem
 
@@ -60,11 +60,10 @@ def lacks_bf16() -> str | None:
 KERNEL = Kernel(
     id="mkldnn.linear_packed",
     op="linear",
-    precision={"float32": Precision.EXACT, "bfloat16": Precision.BF16},
+    precision={"float32": Precision.EXACT},
     bind=bind,
     form="oneDNN blocked layout",
-    form_bytes=lambda p: p.dim("n") * p.dim("k") * DTYPES[p.trait("dtype")].itemsize,
-    supports=lambda problem: lacks_bf16() if problem.trait("dtype") == "bfloat16" else None,
+    form_bytes=lambda p: p.dim("n") * p.dim("k") * 4,
     unavailable=unavailable,
     rank=3,
 )
