@@ -84,7 +84,11 @@ def set_float32(value: str) -> Callable[[], None]:
 
 
 def put(owner: Any, name: str, value: object) -> Callable[[], None]:
-    return lambda: setattr(owner, name, value)
+    def turn() -> None:
+        with torch.backends.__allow_nonbracketed_mutation():  # PyTorch's own test helpers forbid it to the process
+            setattr(owner, name, value)
+
+    return turn
 
 
 BACKENDS: Any = torch.backends
