@@ -267,7 +267,7 @@ case " $* " in
   name=${{line#const char }}; name=${{name%%_source*}}
   digest=${{line#*\\"}}; digest=${{digest%%\\"*}}
   set -- -DSYMBOL=$name -DDIGEST="\\"$digest\\"" -DALIGN=16 -DIN=2 -DADDS=0
-  exec cc -x c -O1 -fPIC -c "$@" -I {abi} {fake} -o "$last" ;;
+  exec cc -x c -O1 -fPIC -c "$@" -I "{abi}" "{fake}" -o "$last" ;;
 *) for each in "$@"; do case $each in *.o) objects="$objects $each" ;; esac; done
   exec cc -shared $objects -o "$last" ;;
 esac

@@ -138,9 +138,10 @@ def test_a_killed_build_leaves_nothing_that_is_taken_as_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler writes half a file and waits; whoever called it is killed then."""
-    slow = tmp_path / "slow"
-    slow.write_text(
-        f"#!{sys.executable}\nimport sys, time, os\n"
+    slow, script = tmp_path / "slow", tmp_path / "slow.py"
+    slow.write_text(f"#!/bin/sh\nexec '{sys.executable}' -S '{script}' \"$@\"\n")  # no shebang has room for a space
+    script.write_text(
+        "import sys, time, os\n"
         "if '--version' in sys.argv: sys.exit(print('slow 1'))\n"
         "open(sys.argv[sys.argv.index('-o') + 1], 'w').write('half')\n"
         f"open({str(tmp_path / 'begun')!r}, 'w').write(str(os.getpid()))\n"
